@@ -1,0 +1,865 @@
+"""Draws the example pictures: cats, dogs, elephants, lions and tigers, 128 x 128 pixels each.
+
+Every picture is built from plain shapes (smooth outlines, ovals and tapered strokes).  A picture's
+choices (pose, coat, background, light, expression) come from a generator seeded by --seed, the animal
+and the picture's number, so the same command always draws the same pictures.
+"""
+
+import argparse
+import math
+import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
+
+SIZE = 128  # side of a finished picture
+ZOOM = 4  # pictures are painted this much larger and then shrunk, which smooths the edges
+INK, WHITE, IVORY = (38, 30, 34), (252, 250, 246), (255, 246, 224)
+PINK, TONGUE = (232, 140, 150), (240, 118, 132)
+
+# ---------------------------------------------------------------- shapes and colours
+
+
+def mix(a, b, t):
+    """The colour a share t of the way from a to b."""
+    return tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True))
+
+
+def dark(colour, t=0.5):
+    return mix(colour, INK, t)
+
+
+def pale(colour, t=0.5):
+    return mix(colour, WHITE, t)
+
+
+def points(data):
+    """Points from "x y, x y" text or from a list of pairs."""
+    return np.array(data.replace(",", " ").split() if isinstance(data, str) else data, float).reshape(-1, 2)
+
+
+def smooth(data, closed=True, steps=8):
+    """A smooth curve (Catmull-Rom) through the points."""
+    p = points(data)
+    p = np.vstack([p[-1:], p, p[:2]] if closed else [2 * p[:1] - p[1:2], p, 2 * p[-1:] - p[-2:-1]])
+    t = np.linspace(0, 1, steps, endpoint=False)[:, None]
+    curve = [
+        0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+        for a, b, c, d in zip(p, p[1:], p[2:], p[3:], strict=False)
+    ]
+    return np.vstack(curve if closed else [*curve, p[-2:-1]])
+
+
+def both(data, x=0.0):
+    """A smooth outline from its right half, listed from top to bottom, moved by x."""
+    right = points(data)
+    left = right[::-1] * (-1, 1)
+    return smooth(np.vstack([right, left[left[:, 0] < 0]])) + (x, 0)
+
+
+def twin(polys, x=0.0):
+    """The shapes and their mirror images, moved by x."""
+    return [p * (k, 1) + (x, 0) for p in polys for k in (1, -1)]
+
+
+def oval(x, y, rx, ry=None, turn=0.0):
+    """An ellipse, turned by so many degrees."""
+    a = np.linspace(0, 2 * math.pi, 40, endpoint=False)
+    px, py = rx * np.cos(a), (ry or rx) * np.sin(a)
+    c, s = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    return np.stack([x + c * px - s * py, y + s * px + c * py], 1)
+
+
+def stroke(data, *widths):
+    """A curved stroke through the points whose width runs through the given widths; round ends."""
+    line = smooth(data, closed=False)
+    step = np.gradient(line, axis=0)
+    normal = np.stack([-step[:, 1], step[:, 0]], 1) / (np.hypot(step[:, 0], step[:, 1])[:, None] + 1e-9)
+    half = np.interp(np.linspace(0, 1, len(line)), np.linspace(0, 1, len(widths)), widths)[:, None] / 2
+    ends = [oval(*line[i], half[i, 0]) for i in (0, -1) if half[i, 0] > 0]
+    return [np.vstack([line + normal * half, (line - normal * half)[::-1]]), *ends]
+
+
+def stripes(edge, step, width, count, rng):
+    """Pointed bars that start on the curve `edge` and run along `step`."""
+    line, bars = smooth(edge, closed=False), []
+    for i in range(count):
+        x, y = line[round((i + 0.6) / (count + 0.2) * (len(line) - 1))]
+        dx, dy = np.multiply(step, (1.0 if i % 2 else 0.74) * rng.uniform(0.9, 1.1))
+        bend = rng.uniform(-0.12, 0.12)
+        middle = (x + dx * 0.5 - dy * bend, y + dy * 0.5 + dx * bend)
+        bars += stroke([(x - dx * 0.12, y - dy * 0.12), middle, (x + dx, y + dy)], width, width * 0.9, 0)
+    return bars
+
+
+# ---------------------------------------------------------------- pen: collects shapes, paints them later
+
+
+@dataclass
+class Form:
+    """One painted area: the union of some outlines, with marks that stay inside it."""
+
+    polys: list
+    colour: tuple
+    marks: list
+    edge: bool
+    shade: float
+    free: bool  # may run out of the frame
+    alpha: float
+
+
+@dataclass
+class Pen:
+    """Collects forms in its own coordinates (y runs down); `at` gives a pen placed within this one."""
+
+    forms: list = field(default_factory=list)
+    matrix: np.ndarray = field(default_factory=lambda: np.eye(3))
+    bold: float = 1.0  # small heads use thicker lines
+
+    def at(self, x=0.0, y=0.0, scale=1.0, turn=0.0, wide=1.0, bold=None):
+        c, s = math.cos(math.radians(turn)) * scale, math.sin(math.radians(turn)) * scale
+        inner = np.array([[c * wide, -s, x], [s * wide, c, y], [0, 0, 1]])
+        return Pen(self.forms, self.matrix @ inner, bold or self.bold)
+
+    def place(self, polys):
+        return [np.asarray(p) @ self.matrix[:2, :2].T + self.matrix[:2, 2] for p in polys]
+
+    def form(self, polys, colour, marks=(), edge=True, shade=1.0, free=False, alpha=1.0):
+        marks = [(self.place(m), c) for m, c in marks]
+        self.forms.append(Form(self.place(polys), colour, marks, edge, shade, free, alpha))
+
+    def flat(self, polys, colour, **more):
+        """A form without outline and shading."""
+        self.form(polys, colour, edge=False, **{"shade": 0.0, **more})
+
+    def pair(self, polys, colour, **more):
+        """The form on the right side and its mirror image on the left."""
+        for k in (1, -1):
+            self.form([p * (k, 1) for p in polys], colour, **more)
+
+
+def paint(image, forms, light, scale=1.0, shift=(0.0, 0.0)):
+    """Paints the forms on the image; `light` points towards the light."""
+    unit = image.width
+    for f in forms:
+        polys = [(p * scale + shift) * unit for p in f.polys]
+        every = np.vstack(polys)
+        soft = float(np.clip((every.max(0) - every.min(0)).min() * 0.16, 2, 26))
+        low = np.clip(np.floor(every.min(0) - 3 * soft - 12), -unit, 2 * unit).astype(int)
+        high = np.clip(np.ceil(every.max(0) + 3 * soft + 12), -unit, 2 * unit).astype(int)
+        box, corner = tuple((high - low).tolist()), tuple(low.tolist())
+        mask, rim, layer = Image.new("L", box), Image.new("L", box), Image.new("RGB", box, f.colour)
+        for p in polys:
+            loop = [tuple(q) for q in (p - low).tolist()]
+            ImageDraw.Draw(mask).polygon(loop, fill=255)
+            if f.edge:
+                ImageDraw.Draw(rim).line([*loop, *loop[:2]], fill=255, width=round(3.6 * ZOOM), joint="curve")
+        for shapes, colour in f.marks:
+            for p in shapes:
+                loop = (p * scale + shift) * unit - low
+                ImageDraw.Draw(layer).polygon([tuple(q) for q in loop.tolist()], fill=colour)
+        if f.shade:
+            layer = shaded(layer, mask, light, soft, f.shade)
+        if f.edge:
+            image.paste(dark(f.colour, 0.7), corner, rim)
+        if f.alpha < 1:
+            mask = mask.filter(ImageFilter.GaussianBlur(6)).point(lambda v, a=f.alpha: round(v * a))
+        image.paste(layer, corner, mask)
+
+
+def shaded(layer, mask, light, soft, amount):
+    """Darkens the area towards the side away from the light and brightens the lit side."""
+    blur = mask.filter(ImageFilter.GaussianBlur(soft))
+    dx, dy = round(light[0] * soft), round(light[1] * soft)
+    lit = np.asarray(ImageChops.offset(blur, dx, dy), np.float32) / 255
+    unlit = np.asarray(ImageChops.offset(blur, -dx, -dy), np.float32) / 255
+    gain = 1 - 0.40 * amount * (1 - unlit) + 0.16 * amount * (1 - lit)
+    lift = 22 * amount * np.clip(unlit - lit, 0, 1)
+    pixels = np.asarray(layer, np.float32) * gain[..., None] + lift[..., None]
+    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------- coats and markings
+
+# base, light (muzzle, chest, paws), markings, eyes, nose, pattern; then ears (dogs) or mane (lions)
+COATS = {
+    "cat": """969ba5 e1e2e6 585c68 96c846 e88c96 tabby, ec9e54 fde8cd be6428 78af46 e88c96 tabby
+        3e3c48 565462 24222a f5c83c 78555f plain, f8f4ee fffcf8 d7cdc8 5faad7 e88c96 plain
+        b29270 eedec8 604632 8cb950 be6e64 tabby, ecdcc4 f6ecda 5c4642 50a0e1 463234 siamese
+        3c3a44 f6f4f0 222026 96cd5a e88c96 tuxedo, 788294 98a2b2 586070 f0af3c 504655 plain
+        f8f0e6 fffaf4 e28c42 78af50 e88c96 patched, f0cc9e fceed7 cf9450 c89632 e88c96 tabby""",
+    "dog": """
+        deaa62 f5daa8 b67e3e 6e4628 2c2428 plain floppy, 8a5a3a cea67e 5c3a26 6e4628 2c2428 plain floppy
+        faf6f0 fffcf8 3e3a3e 6e4628 2c2428 spots floppy, 42404a b8895e 2a282e 82552d 221e22 plain floppy
+        c47c42 fcf6ec 543a2e 6e4628 2c2428 blaze floppy, 8892a2 fafafa 586274 6eb9e6 2c2428 mask pricked
+        faf4e8 fffcf6 d6b07c 6e4628 2c2428 plain folded, d88a46 fdf0dc b0642e 6e4628 2c2428 mask pricked
+        ccaa7e e2c8a4 463834 6e4628 2c2428 muzzle folded
+        faf6f0 fffcf8 965c36 6e4628 2c2428 patched floppy""",
+    "elephant": """96a0b0 bec6d2 e2aaac 503c32 000000 plain, 80828a a8aab2 c49c9c 503c32 000000 plain
+        a8a09a ccc4bc e4b8ac 503c32 000000 plain, 747e94 9ca6ba c696a4 503c32 000000 plain
+        b4b8c0 d6d8de eebebe 503c32 000000 plain, 8c807a b2a69e cea094 503c32 000000 plain
+        8a9caa b4c4d0 dca8a8 503c32 000000 plain""",
+    "lion": """ecbe74 fce8c2 c48e4c f0bc46 603a34 lion b26228, e4b87a fae6c6 ba8850 e8b03c 543632 lion 6c3e28
+        f4ce86 fff0ce ce9e56 e8b03c 6e4238 lion da8c2c, dcac6a f6deb8 b07c44 f0bc46 543632 lion 884a24
+        f0c688 ffeccc c49254 dca83c 603a34 lion c05422, e2ba86 fae8cc b48654 e8b44a 543632 lion 52362c""",
+    "tiger": """f08e32 fcfaf6 261e20 e1be3c de7878 tiger, e47a2a fcfaf6 261e20 bec850 de7878 tiger
+        f7a446 fcfaf6 2a2022 e1be3c c86864 tiger, f4f0ec fcfaf6 343036 5aafe1 de7878 tiger
+        ea823e fcfaf6 261e20 f0c85a c86864 tiger, f5982c fcfaf6 2c2022 96be5a de7878 tiger""",
+}
+
+
+@dataclass
+class Coat:
+    """Colours and markings of one animal."""
+
+    base: tuple
+    light: tuple
+    dark: tuple
+    eye: tuple
+    nose: tuple
+    pattern: str
+    ears: str = ""
+    mane: tuple = ()
+
+    def foot(self):
+        return {"siamese": self.dark, "plain": self.base, "lion": self.base}.get(self.pattern, self.light)
+
+
+def coats(animal):
+    """The coats of an animal, read from the table."""
+    found = []
+    for row in COATS[animal].strip().replace("\n", ",").split(","):
+        *colours, pattern, extra = [*row.split(), ""][:7]
+        colours = [ImageColor.getrgb(f"#{c}") for c in colours]
+        mane = ImageColor.getrgb(f"#{extra}") if animal == "lion" else ()
+        found.append(Coat(*colours, pattern, extra, mane))
+    return found
+
+
+def spots(coat, rng, low, high, size, count):
+    """Scattered spots between two corners."""
+    found = []
+    for i in range(count):
+        x = low[0] + (high[0] - low[0]) * (i + rng.uniform(0.2, 0.8)) / count
+        y, rx, ry = rng.uniform(low[1], high[1]), rng.uniform(0.75, 1.2), rng.uniform(0.75, 1.1)
+        found.append(oval(x, y, size * rx, size * ry))
+    return [(found, coat.dark)]
+
+
+def body_marks(a, edge, step, count):
+    """Marks of the coat on a trunk with this outer edge; `step` leads across it."""
+    if a.coat.pattern == "tiger":
+        return [(stripes(edge, step, 0.16, count, a.rng), a.coat.dark)]
+    if a.coat.pattern == "tabby":
+        return [(stripes(edge, np.multiply(step, 0.6), 0.085, count, a.rng), a.coat.dark)]
+    low, high = np.min(points(edge), 0), np.max(points(edge), 0) + np.abs(step)
+    if a.coat.pattern == "spots":
+        return spots(a.coat, a.rng, low + (0, 0.1), high, 0.11, 7)
+    if a.coat.pattern in ("patched", "blaze"):
+        return spots(a.coat, a.rng, low, (high[0], low[1] + 0.4), 0.34, 2)
+    return []
+
+
+def limb_marks(a, path, width):
+    """Marks of the coat on a leg: bars across it, or a foot of another colour."""
+    if a.coat.pattern in ("tiger", "tabby"):
+        edge, bar = points(path) - (width * 0.52, 0), 0.11 if a.coat.pattern == "tiger" else 0.07
+        return [(stripes(edge, (width * 0.95, 0.03), bar, 4, a.rng), a.coat.dark)]
+    return [([oval(*path[-1], width * 1.6, math.dist(path[0], path[-1]) * 0.32)], a.coat.foot())]
+
+
+# ---------------------------------------------------------------- faces
+
+
+@dataclass
+class Animal:
+    """Everything that has been decided about one animal."""
+
+    kind: str
+    coat: Coat
+    rng: random.Random
+    mouth: str  # smile, open, calm
+    gaze: float  # -1 looks left, 1 right
+    lids: float  # how wide the eyes are open; 0 is shut and happy
+    side: float  # how far the face is turned
+
+
+def eyes(pen, x, y, r, a, pupil):
+    """A pair of eyes; the pupil's half width is 0 for plain dark eyes."""
+    for k in (1, -1):
+        eye = pen.at(k * x, y, r)
+        if not a.lids:
+            eye.flat(stroke("-1.1 .3, -.6 -.4, 0 -.6, .6 -.4, 1.1 .3", *[0.5] * 5), INK)
+            continue
+        if pupil:
+            lens = smooth("-1.05 .3, -.75 -.45, -.1 -.95, .75 -.85, 1.2 -.15, .75 .65, -.2 .8") * (k, a.lids)
+            iris = [([oval(a.gaze * 0.25, -0.1, pupil, 0.78 if pupil < 0.4 else pupil)], INK)]
+            eye.flat([lens * 1.26], INK)
+            eye.form([lens], a.coat.eye, iris, edge=False, shade=0.25)
+        else:
+            eye.flat([oval(0, 0, 1.05, 1.15 * a.lids)], INK)
+            eye.flat([oval(a.gaze * 0.2, 0.15, 0.68, 0.74 * a.lids)], a.coat.eye)
+            eye.flat([oval(a.gaze * 0.2, 0.1, 0.46, 0.52 * a.lids)], INK)
+        eye.flat([oval(a.gaze * 0.2 - 0.3, -0.36 * a.lids, 0.3)], WHITE)
+
+
+def snout(pen, a, y, w, n, talk=True):
+    """Nose of half width n around height y, and the mouth below it, about 2w wide."""
+    b, low = 0.075 * pen.bold, y + n * 0.6
+    if a.mouth == "open" and talk:
+        jaw = both([(0, low + 0.12), (w * 0.55, low + 0.16), (w * 0.44, low + 0.42), (0, low + 0.58)])
+        pen.form([jaw], (120, 40, 50), [([oval(0, low + 0.52, w * 0.36, 0.19)], TONGUE)], shade=0)
+    lift = 0.0 if a.mouth == "calm" else 0.12
+    half = points([(0, 0.13), (w * 0.3, 0.24), (w * 0.62, 0.2 - lift * 0.5), (w * 0.78, 0.14 - lift)])
+    pen.flat(twin(stroke(half + (0, low), b, b, b)), INK)
+    pen.flat(stroke([(0, y), (0, low + 0.14)], b, b), INK)
+    pen.form([both("0 -.55, .7 -.55, 1 -.2, .4 .45, 0 .62") * n + (0, y)], a.coat.nose, shade=0.5)
+    pen.flat([oval(-n * 0.3, y - n * 0.25, n * 0.28, n * 0.14)], pale(a.coat.nose, 0.55))
+
+
+def cat_head(pen, a):
+    """A house cat's head: tall pointed ears, slit pupils, whiskers."""
+    c, s = a.coat, a.side
+    ear = c.dark if c.pattern == "siamese" else c.base
+    pen.pair([smooth(".14 -.6, .44 -1, .78 -1.4, .86 -1.37, .98 -.8, .94 -.1, .4 -.2")], ear)
+    pen.pair([smooth(".44 -.7, .58 -.96, .76 -1.17, .83 -.85, .8 -.5")], mix(PINK, ear, 0.2), edge=False)
+    marks = []
+    if c.pattern == "tabby":
+        side = stroke(".3 -.92, .24 -.5", 0.14, 0.1, 0) + stroke("1.2 .02, .74 .12", 0.12, 0.1, 0)
+        side += stroke("1.2 .32, .76 .34", 0.12, 0.1, 0)
+        marks = [(stroke([(s, -0.95), (s, -0.4)], 0.14, 0.11, 0) + twin(side), c.dark)]
+    elif c.pattern == "siamese":
+        marks = [([oval(s, 0.2, 0.82)], mix(c.base, c.dark, 0.35))]
+        marks += [([both("0 -.3, .4 -.22, .66 .1, .62 .55, .3 .95, 0 .98", s)], c.dark)]
+    elif c.pattern == "tuxedo":
+        marks = [([both("0 -.5, .1 -.3, .18 .05, .6 .4, .5 1, 0 1.1", s)], c.light)]
+    elif c.pattern == "patched":
+        marks = [([oval(0.72, -0.55, 0.62, 0.72, 20)], c.dark), ([oval(-0.8, -0.8, 0.5)], dark(c.dark, 0.7))]
+    pen.form([both("0 -.8, .5 -.74, .92 -.36, 1.08 .2, .86 .62, .4 .82, 0 .86")], c.base, marks)
+    face = pen.at(s)
+    if c.pattern != "siamese":
+        face.flat([*twin([oval(0.26, 0.47, 0.33, 0.25)]), oval(0, 0.64, 0.26, 0.18)], c.light)
+    eyes(face, 0.45, -0.02, 0.25, a, 0.26)
+    hair, b = (206, 200, 196) if sum(c.base) < 330 else dark(c.base, 0.6), 0.05 * pen.bold
+    for k in (-1, 0, 1):
+        line = [(0.5, 0.44 + k * 0.09), (0.88, 0.39 + k * 0.17), (1.28, 0.4 + k * 0.24)]
+        face.flat(twin(stroke(line, b, b, b * 0.7)), hair)
+    snout(face, a, 0.27, 0.4, 0.15, talk=False)
+
+
+def tiger_head(pen, a):
+    """A tiger's head: round ears, bold black stripes, white cheeks and brows."""
+    c, s = a.coat, a.side
+    pen.pair([oval(0.76, -0.72, 0.36)], c.dark)
+    pen.pair([oval(0.76, -0.67, 0.24)], pale(c.base, 0.7), edge=False, shade=0)
+    white = twin([oval(0.4, -0.32, 0.24, 0.18, 14)], s)
+    white += twin([smooth("1.4 .2, .85 .12, .55 .35, .3 .8, .7 1.2")])
+    brow = stroke(".62 -1, .42 -.76, .14 -.68", 0.17, 0.15, 0)
+    brow += stroke(".5 -.6, .28 -.52, .06 -.48", 0, 0.14, 0.02)
+    bars = twin(brow, s) + stroke([(s, -1), (s, -0.3)], 0.17, 0.15, 0)
+    for x, y, w in ((0.64, -0.42, 0.16), (0.74, -0.02, 0.18), (0.74, 0.3, 0.16), (0.66, 0.66, 0.14)):
+        bars += twin(stroke([(1.4, y - 0.1), (1, y + 0.02), (x, y + 0.1)], w, w, 0))
+    skull = "0 -.9, .55 -.84, .98 -.4, 1.1 .05, 1.28 .3, 1.1 .42, 1.14 .66, .84 .72, .5 .94, 0 1"
+    pen.form([both(skull)], c.base, [(white, WHITE), (bars, c.dark)])
+    big_cat_face(pen.at(s), a, WHITE, 0.21)
+
+
+def lion_head(pen, a):
+    """A lion's head: a wide mane around a tan face with a broad nose."""
+    c, s = a.coat, a.side
+    for radius, tufts, colour in ((1.6, 15, dark(c.mane, 0.22)), (1.3, 13, pale(c.mane, 0.1))):
+        turn, ring = a.rng.uniform(0, 360 / tufts), []
+        for i in range(tufts * 2):
+            angle, r = math.radians(turn + 180 * i / tufts), radius * (0.9 if i % 2 else 1.0)
+            ring.append((r * 0.96 * math.sin(angle), 0.1 - r * math.cos(angle)))
+        pen.form([smooth(ring)], colour, shade=0.8)
+    pen.pair([oval(0.82, -0.78, 0.31)], c.base)
+    pen.pair([oval(0.82, -0.74, 0.18)], mix(c.dark, PINK, 0.35), edge=False, shade=0)
+    tuft = [([both("0 -1.4, .4 -1.3, .26 -.78, 0 -.56", s)], pale(c.mane, 0.1))]
+    pen.form([both("0 -.86, .5 -.8, .9 -.4, .98 .1, .82 .58, .46 .92, 0 1")], c.base, tuft)
+    face = pen.at(s)
+    face.flat([both("0 -.45, .15 -.4, .24 .2, 0 .25")], pale(c.base, 0.4))
+    face.flat(twin([oval(0.44, -0.34, 0.22, 0.12, 8)]), pale(c.base, 0.5))
+    big_cat_face(face, a, c.light, 0.25)
+
+
+def big_cat_face(face, a, white, nose):
+    """Eyes and muzzle of a lion or tiger."""
+    face.flat([*twin([oval(0.27, 0.5, 0.37, 0.29)]), oval(0, 0.72, 0.3, 0.22)], white, shade=0.6)
+    eyes(face, 0.45, -0.05, 0.2, a, 0.48)
+    snout(face, a, 0.26, 0.54, nose)
+
+
+def dog_ear_colour(c):
+    return c.dark if c.pattern in ("patched", "blaze", "spots", "muzzle") else mix(c.base, c.dark, 0.75)
+
+
+def dog_head(pen, a):
+    """A dog's head from the front: snout, big nose, hanging, folded or pricked ears."""
+    c, s = a.coat, a.side
+    if c.ears == "pricked":
+        pen.pair([smooth(".2 -.6, .4 -1.05, .66 -1.4, .84 -1, .86 -.2")], c.base)
+        inner = smooth(".42 -.66, .52 -.95, .65 -1.16, .72 -.9, .7 -.5")
+        pen.pair([inner], mix(PINK, c.base, 0.4), edge=False)
+    dots = [(-0.5, -0.64, 0.13), (0.2, -0.72, 0.1), (0.66, -0.4, 0.12), (-0.7, 0.24, 0.1)]
+    marks = {
+        "mask": ([both("0 -.1, .14 -.42, .46 -.5, .6 -.1, 1 .2, .8 .9, 0 1.2", s)], c.light),
+        "patched": ([oval(0.52 + s, -0.22, 0.4, 0.5, -12), oval(-0.9, -0.5, 0.5, 0.6)], c.dark),
+        "blaze": ([both("0 -1.2, .12 -.6, .2 -.1, .55 .4, .6 1.2, 0 1.3", s)], c.light),
+        "spots": ([oval(*dot) for dot in dots], c.dark),
+    }
+    skull = both("0 -.92, .48 -.86, .84 -.44, .88 .1, .76 .5, .5 .9, 0 1.04")
+    pen.form([skull], c.base, [marks[c.pattern]] if c.pattern in marks else [])
+    face = pen.at(s)
+    if a.mouth == "open":
+        face.form([both("0 .7, .24 .74, .27 1.12, .16 1.32, 0 1.36")], TONGUE, shade=0.6)
+    muzzle = mix(c.dark, c.base, 0.15) if c.pattern == "muzzle" else c.light
+    face.form([both("0 0, .36 .1, .58 .46, .46 .78, .16 .84, 0 .8")], muzzle, shade=0.8)
+    eyes(face, 0.44, -0.2, 0.18, a, 0)
+    snout(face, a, 0.2, 0.5, 0.29, talk=False)
+    flaps = {
+        "floppy": ".5 -.8, .86 -.84, 1.16 -.4, 1.28 .2, 1.14 .62, .9 .6, .76 .1, .7 -.4",
+        "folded": ".4 -.88, .7 -1.06, 1 -.9, 1.2 -.5, 1.12 -.24, .86 -.44, .62 -.62",
+    }
+    if c.ears in flaps:
+        pen.pair([smooth(flaps[c.ears])], dog_ear_colour(c))
+
+
+def dog_profile(pen, a):
+    """A dog's head from the side, looking right."""
+    c = a.coat
+    if c.ears == "pricked":
+        pen.form([smooth("-.5 -.4, -.36 -.95, -.1 -1.36, .12 -.9, .2 -.6")], dark(c.base, 0.15))
+    if a.mouth == "open":
+        pen.form(stroke(".8 .3, .92 .6, .96 .8", 0.3, 0.3, 0.26), TONGUE, shade=0.5)
+    skull = "-.66 .1, -.5 -.6, -.05 -.9, .42 -.66, .68 -.3, 1.2 -.22, 1.42 .02"
+    skull += ", 1.3 .34, .8 .46, .4 .7, -.2 .8, -.6 .6"
+    muzzle = mix(c.dark, c.base, 0.15) if c.pattern == "muzzle" else c.light
+    marks = [([smooth(".74 -.5, 1.6 -.4, 1.6 .5, .5 .9, .1 .5, .6 .1")], muzzle)]
+    if c.pattern == "spots":
+        marks = [([oval(-0.1, -0.6, 0.12), oval(0.3, 0.4, 0.1), oval(0.9, 0.05, 0.08)], c.dark)]
+    pen.form([smooth(skull)], c.base, marks)
+    pen.flat(stroke("1.3 .24, .95 .34, .62 .22", *[0.075 * pen.bold] * 3), INK)
+    pen.form([oval(1.34, -0.1, 0.21, 0.18)], c.nose, shade=0.5)
+    pen.flat([oval(0.46, -0.28, 0.15, 0.18)], INK)
+    pen.flat([oval(0.51, -0.35, 0.06)], WHITE)
+    flaps = {
+        "pricked": "-.6 -.3, -.62 -.9, -.46 -1.42, -.1 -1, .02 -.56",
+        "floppy": "-.3 -.74, .06 -.6, .1 -.1, 0 .6, -.3 .75, -.56 .45, -.58 -.2",
+        "folded": "-.36 -.8, .1 -.7, .16 -.2, .1 .16, -.2 .1, -.5 -.2, -.58 -.5",
+    }
+    pen.form([smooth(flaps[c.ears])], c.base if c.ears == "pricked" else dog_ear_colour(c))
+
+
+def elephant_head(pen, a):
+    """An elephant's head from the front: fan ears, trunk and tusks."""
+    c, b = a.coat, 0.06 * pen.bold
+    fan = smooth(".45 -.7, .95 -1.1, 1.6 -1.04, 2 -.4, 1.84 .34, 1.4 .9, 1.04 .7, .6 .3")
+    pen.pair([fan], mix(c.base, c.light, 0.4))
+    inner = smooth(".7 -.5, 1.02 -.8, 1.52 -.8, 1.76 -.34, 1.6 .24, 1.34 .62, 1 .36, .7 .1")
+    pen.pair([inner], mix(c.base, c.dark, 0.65), edge=False, shade=0.6)
+    pen.form([both("0 -.96, .36 -1.02, .74 -.7, .82 -.1, .68 .4, .42 .74, 0 .84")], c.base)
+    face = pen.at(a.side)
+    face.pair(stroke(".42 .52, .58 .95, .84 1.24", 0.27, 0.23, 0.1), IVORY, shade=0.5)
+    low = a.rng.choice(("-.04 1.2, .14 1.66, .56 1.72", ".06 1.2, .04 1.7, .1 1.9"))
+    path = points("0 -.05, 0 .6, " + (".22 1.22, .74 1.36, 1 .96" if a.mouth == "open" else low))
+    trunk = stroke(path * (1 if a.gaze > 0 else -1, 1), 0.66, 0.56, 0.46, 0.38, 0.32)
+    face.form(trunk, pale(c.base, 0.06))
+    face.flat([oval(0, 0, 0.44, 0.4)], c.base)
+    for y, w in ((0.34, 0.2), (0.6, 0.18), (0.86, 0.16)):
+        face.flat(stroke([(-w, y), (0, y + 0.05), (w, y)], b, b, b), dark(c.base, 0.35))
+    eyes(face, 0.52, -0.14, 0.15, a, 0)
+    face.flat(twin(stroke(".36 -.4, .52 -.46, .68 -.38", b, b, b)), dark(c.base, 0.4))
+
+
+# ---------------------------------------------------------------- bodies
+
+
+@dataclass
+class Build:
+    """Proportions of a four-legged body."""
+
+    draw_head: object
+    head: float  # size of the head
+    girth: float  # depth of the trunk
+    limb: float  # thickness of a leg
+    height: float  # length of a leg
+    tail: float  # thickness of the tail
+
+
+BUILDS = {
+    "cat": Build(cat_head, 0.62, 0.66, 0.24, 0.72, 0.17),
+    "dog": Build(dog_head, 0.62, 0.72, 0.26, 0.8, 0.2),
+    "lion": Build(lion_head, 0.58, 0.8, 0.34, 0.74, 0.15),
+    "tiger": Build(tiger_head, 0.66, 0.82, 0.34, 0.7, 0.21),
+}
+
+
+def shadow(pen, x, w):
+    pen.flat([oval(x, 0.02, w, 0.12)], INK, alpha=0.3)
+
+
+def tail(pen, a, path):
+    """A tail along the path, with rings, a light tip or a tuft."""
+    c, w, line = a.coat, BUILDS[a.kind].tail, smooth(path, closed=False)
+    marks = []
+    if c.pattern in ("tiger", "tabby"):
+        rings = [line[round(t * (len(line) - 3)):][:3] for t in (0.3, 0.55, 0.78)]
+        marks = [([stroke(r, w * 1.4, w * 1.4)[0] for r in rings] + [oval(*line[-1], w * 0.75)], c.dark)]
+    elif c.pattern in ("mask", "tuxedo", "blaze"):
+        marks = [([oval(*line[-1], w * 1.5)], c.light)]
+    colour = c.dark if c.pattern == "siamese" else c.base
+    pen.form(stroke(path, w, w * 1.05, w * (0.5 if a.kind == "dog" else 0.9)), colour, marks)
+    if a.kind == "lion":
+        pen.form([oval(*line[-1], 0.2, 0.24)], c.mane)
+
+
+def leg(path, width):
+    """A leg along the path with a paw at its end."""
+    x, y = path[-1]
+    paw = oval(x + width * 0.2, y - width * 0.12, width * 0.72, width * 0.42)
+    return [*stroke(path, width * 1.45, width * 1.05, width), paw]
+
+
+def head(pen, a, x, y, size=1.0, profile=False):
+    """The head on a body; a dog also gets a collar."""
+    build = BUILDS[a.kind]
+    if a.kind == "dog":
+        low = y + (0.84 if profile else 0.98) * build.head * size
+        collar(pen, a, [(x - 0.36, low - 0.14), (x, low + 0.04), (x + 0.34, low - 0.14)])
+    draw = dog_profile if profile else build.draw_head
+    draw(pen.at(x, y, build.head * size, a.rng.uniform(-7, 7), wide=a.rng.uniform(0.94, 1.06), bold=1.5), a)
+
+
+def collar(pen, a, path):
+    """A dog's collar with a tag."""
+    colour = a.rng.choice([(214, 60, 64), (52, 112, 190), (40, 150, 120), (240, 190, 50), (140, 80, 170)])
+    pen.form(stroke(path, 0.17, 0.17, 0.17), colour, shade=0.4)
+    pen.form([oval(path[1][0], path[1][1] + 0.14, 0.1)], (250, 214, 90), shade=0.3)
+
+
+def standing(pen, a, walk):
+    """A body from the side, facing right, standing or walking."""
+    b, c = BUILDS[a.kind], a.coat
+    w, h = b.limb, b.height
+    top, low = -h - b.girth, -h + 0.1
+    shadow(pen, 0.05, 1.15)
+    up = f"-.72 {top + 0.28}, -1.02 {top + 0.2}, -1.2 {top - 0.15}, -1.08 {top - 0.6}"
+    down = f"-.72 {top + 0.28}, -1.08 {top + 0.5}, -1.18 {-h + 0.2}, -1.36 {-h + 0.36}"
+    tail(pen, a, up if a.kind == "dog" or a.rng.random() < 0.65 else down)
+    stride = (0.28, -0.24, -0.2, 0.26) if walk else (0.05, 0.06, 0.0, -0.02)
+    far = replace(a, coat=replace(c, base=dark(c.base, 0.22), light=dark(c.light, 0.2)))
+    for x, dx in ((-0.4, stride[1]), (0.38, stride[3])):
+        path = [(x, -h - 0.1), (x + dx * 0.5, -h * 0.5), (x + dx, -0.12)]
+        pen.form(leg(path, w), far.coat.base, limb_marks(far, path, w), shade=0.6)
+    back = points("-.82 .24, -.45 0, .08 .06, .56 -.06") + (0, top)
+    front = [(0.86, top + 0.05), *points(".88 -.36, .6 .02, 0 -.04, -.5 0, -.88 -.3") + (0, low)]
+    legs, marks = [], []
+    if c.pattern not in ("plain", "spots", "siamese"):
+        marks.append(([oval(0, low, 0.48, 0.16)], c.light))
+    marks += body_marks(a, back, (-0.06, b.girth * 0.9), 6)
+    for x, dx in ((-0.58, stride[0]), (0.58, stride[2])):
+        path = [(x, -h - 0.16), (x + dx * 0.5, -h * 0.5), (x + dx, -0.04)]
+        legs += leg(path, w)
+        marks += limb_marks(a, path, w)
+    profile = a.kind == "dog" and a.rng.random() < 0.6
+    y = top - b.head * (0.2 if a.kind == "lion" else 0.44) - 0.12 * profile
+    if profile:
+        neck = [(0.2, top + 0.2), (0.5, y), (1.05, y + 0.1), (0.92, top + 0.6), (0.6, top + 0.5)]
+        legs.append(smooth(neck))
+    pen.form([smooth(np.vstack([back, front])), *legs], c.base, marks)
+    crease = points("-.34 -.34, -.28 -.12, -.38 .08") + (0, low)
+    pen.flat(stroke(crease, 0.02, 0.05, 0.04), dark(c.base, 0.4))
+    head(pen, a, 0.76, y, profile=profile)
+
+
+def sitting(pen, a):
+    """A body from the front, sitting."""
+    b, c = BUILDS[a.kind], a.coat
+    w = b.limb
+    shadow(pen, 0, 1.1)
+    k = a.rng.choice((1, -1))
+    tail(pen, a, [(k * 0.6, -0.16), (k * 1.02, -0.2), (k * 1.2, -0.6), (k * 1.04, -1.0)])
+    body = both("0 -1.5, .42 -1.3, .6 -.85, .8 -.4, .78 -.08, 0 0") * (0.85 + w * 0.6, 1)
+    marks = []
+    if c.pattern not in ("spots", "siamese"):
+        chest = mix(c.light, c.base, 0.3 if c.pattern == "plain" else 0)
+        marks.append(([both("0 -1.5, .32 -1.2, .34 -.7, 0 -.45")], chest))
+    edge = points(".44 -1.25, .64 -.85, .88 -.4, .84 -.05")
+    for k in (1, -1):
+        marks += body_marks(a, edge * (k, 1), (-0.42 * k, 0.06), 4)
+    pen.form([body], c.base, marks)
+    hind = c.base if c.pattern in ("tiger", "tabby", "muzzle") else c.foot()
+    pen.pair([oval(0.66, -0.1, 0.32, 0.16)], hind)
+    for k in (1, -1):
+        path = [(k * 0.24, -0.85), (k * 0.27, -0.5), (k * 0.27, -0.07)]
+        paw = oval(k * 0.28, -0.09, w * 0.66, 0.14)
+        pen.form([*stroke(path, w * 0.9, w, w), paw], c.base, limb_marks(a, path, w), shade=0.8)
+    head(pen, a, 0, -1.6 if a.kind == "lion" else -1.72, 1.26)
+
+
+def perching(pen, a):
+    """A body from the side, sitting upright and facing right."""
+    b, c = BUILDS[a.kind], a.coat
+    w = b.limb
+    shadow(pen, -0.05, 1.05)
+    curl = ("-.6 -.14, -1 -.12, -1.24 -.34, -1.2 -.7", "-.6 -.2, -1.05 -.3, -1.15 -.75, -.98 -1.1")
+    tail(pen, a, a.rng.choice(curl))
+    path = [(0.56, -0.8), (0.6, -0.45), (0.66, -0.1)]
+    pen.form(leg(path, w * 0.9), dark(c.base, 0.2), limb_marks(a, path, w)[:1], shade=0.6)
+    back = "-.84 -.3, -.74 -.75, -.36 -1.2, .02 -1.52"
+    trunk = smooth(back + ", .4 -1.66, .72 -1.3, .66 -.8, .5 -.2, .1 0, -.6 0, -.8 -.08")
+    marks = body_marks(a, back, (0.72, 0.16), 6)
+    if c.pattern not in ("spots", "siamese", "plain"):
+        marks.insert(0, ([smooth(".7 -1.6, .9 -1, .62 -.5, .44 -.9, .46 -1.3")], c.light))
+    path = [(0.36, -0.86), (0.4, -0.5), (0.42, -0.05)]
+    pen.form([trunk, *leg(path, w)], c.base, marks + limb_marks(a, path, w))
+    haunch = smooth("-.78 -.1, -.74 -.5, -.4 -.74, -.02 -.56, .06 -.2, -.06 -.02, -.5 .02")
+    marks = body_marks(a, "-.84 -.12, -.76 -.5, -.46 -.74, -.1 -.66", (0.26, 0.34), 4)
+    marks = marks if c.pattern in ("tiger", "tabby") else []
+    pen.form([haunch, oval(0.04, -0.08, 0.3, 0.13)], c.base, marks, shade=0.8)
+    profile = a.kind == "dog" and a.rng.random() < 0.5
+    head(pen, a, 0.36, -1.74 if a.kind == "lion" else -1.86, 1.1, profile)
+
+
+def lying(pen, a):
+    """A body from the side, lying down with the head up, facing right."""
+    b, c = BUILDS[a.kind], a.coat
+    w, g = b.limb, b.girth + 0.06
+    shadow(pen, 0.1, 1.3)
+    tail(pen, a, "-.7 -.16, -1.05 -.12, -1.22 -.4, -1.1 -.78")
+    far = stroke(".5 -.3, .8 -.2, 1.2 -.16", w * 1.2, w, w * 0.9)
+    pen.form([*far, oval(1.22, -0.15, w * 0.66, w * 0.46)], dark(c.base, 0.2), shade=0.6)
+    back = f"-.84 -.6, -.5 {-g - 0.06}, -.1 {-g}, .34 {-g - 0.14}"
+    front = f", .78 {-g - 0.2}, .9 -.4, .64 -.02, -.3 0, -.8 -.02, -.94 -.3"
+    pen.form([smooth(back + front)], c.base, body_marks(a, back, (-0.04, g * 0.75), 6))
+    haunch = smooth("-.82 -.1, -.74 -.5, -.42 -.62, -.14 -.36, -.16 -.04, -.5 .02")
+    marks = body_marks(a, "-.84 -.3, -.68 -.58, -.34 -.62", (0.12, 0.36), 3)
+    pen.form([haunch, oval(-0.08, -0.08, 0.28, 0.13)], c.base, marks, shade=0.8)
+    marks = [([oval(1.12, -0.1, 0.26, 0.2)], c.foot())]
+    if c.pattern in ("tiger", "tabby"):
+        marks = [(stripes(".5 -.5, .8 -.3, 1.04 -.26", (0.02, w * 0.85), 0.09, 3, a.rng), c.dark)]
+    fore = stroke(".46 -.36, .62 -.12, 1.06 -.1", w * 1.3, w * 1.1, w)
+    pen.form([*fore, oval(1.1, -0.12, w * 0.74, w * 0.5)], c.base, marks)
+    head(pen, a, 0.52, -g - b.head * (0.4 if a.kind == "lion" else 0.62), 1.26)
+
+
+def portrait(pen, a):
+    """The head alone, with a bit of neck and shoulders below."""
+    c, marks = a.coat, []
+    if c.pattern in ("tuxedo", "mask", "tiger", "blaze"):
+        marks = [([oval(0, 1.5, 0.5, 0.9)], c.light)]
+    if c.pattern == "tiger":
+        edge = points(".75 .9, 1 1.5, 1.2 2.4")
+        marks += [(stripes(edge * (k, 1), (-0.55 * k, 0.1), 0.16, 4, a.rng), c.dark) for k in (1, -1)]
+    wide = {"lion": 1.1, "elephant": 1.15}.get(a.kind, 0.8)
+    trunk = both("0 .4, .55 .5, .8 1, 1.3 1.5, 1.5 3.4, 0 3.6") * (wide, 1)
+    if a.kind == "elephant":
+        trunk = both("0 -.3, .9 0, 1.35 .8, 1.5 2, 1.5 3.8, 0 4")
+    pen.form([trunk], dark(c.base, 0.3) if a.kind == "elephant" else c.base, marks, free=True)
+    if a.kind == "dog":
+        collar(pen, a, [(-0.6, 0.98), (0, 1.25), (0.6, 0.98)])
+    draw = elephant_head if a.kind == "elephant" else BUILDS[a.kind].draw_head
+    draw(pen.at(turn=a.rng.uniform(-9, 9), wide=a.rng.uniform(0.92, 1.06)), a)
+
+
+def elephant_side(pen, a, walk):
+    """An elephant from the side, facing right."""
+    c, pen = a.coat, pen.at(wide=0.87)
+    shadow(pen, 0.1, 1.4)
+    stride = (0.18, -0.2, -0.16, 0.22) if walk else (0.0, 0.04, 0.02, 0.02)
+    pen.form(stroke("-1.05 -1.35, -1.3 -1.1, -1.32 -.75", 0.14, 0.1, 0.08), c.base)
+    pen.flat([oval(-1.32, -0.68, 0.1, 0.16)], dark(c.base, 0.7))
+
+    def pillar(x, dx):
+        foot = smooth("-.22 -.4, .21 -.4, .25 -.02, -.24 -.02") + (x + dx, 0)
+        return [*stroke([(x, -0.9), (x + dx * 0.5, -0.5), (x + dx, -0.16)], 0.52, 0.42, 0.42)[:2], foot]
+
+    for x, dx in ((-0.42, stride[1]), (0.36, stride[3])):
+        pen.form(pillar(x, dx), dark(c.base, 0.22), shade=0.6)
+    back = "-1.12 -1.1, -.9 -1.62, -.3 -1.86, .4 -1.78, .9 -1.7, 1 -1, .7 -.62, 0 -.5, -.7 -.58, -1.08 -.8"
+    pen.form([smooth(back), *pillar(-0.78, stride[0]), *pillar(0.66, stride[2])], c.base)
+    for x in (-0.78 + stride[0], 0.66 + stride[2]):
+        pen.flat([oval(x + dx, -0.07, 0.07, 0.065) for dx in (-0.12, 0.03, 0.17)], pale(c.light))
+    path = "1.3 -1.55, 1.6 -1.2, 1.66 -.75, 1.62 -.35, 1.84 -.2"
+    if a.mouth == "open":
+        path = "1.3 -1.5, 1.66 -1.2, 1.98 -1.36, 2.02 -1.8, 1.84 -2.1"
+    skull = smooth(".62 -1.6, .86 -2.05, 1.25 -2.1, 1.56 -1.78, 1.6 -1.35, 1.36 -1, .9 -.98")
+    pen.form([skull, *stroke(path, 0.62, 0.42, 0.3, 0.26, 0.22)], c.base)
+    pen.form(stroke("1.3 -1.06, 1.5 -.86, 1.88 -.8", 0.22, 0.19, 0.08), IVORY, shade=0.5)
+    if a.lids:
+        pen.flat([oval(1.33, -1.62, 0.095, 0.11)], INK)
+        pen.flat([oval(1.36, -1.66, 0.04)], WHITE)
+    else:
+        pen.flat(stroke("1.22 -1.58, 1.33 -1.68, 1.44 -1.58", *[0.07] * 3), INK)
+    ear = smooth("1.02 -1.98, .62 -2.06, .22 -1.8, .16 -1.3, .42 -.84, .74 -.92, 1 -1.3")
+    pen.form([ear], mix(c.base, c.light, 0.4))
+    inner = smooth(".88 -1.8, .6 -1.86, .36 -1.66, .32 -1.3, .5 -1.04, .7 -1.12, .86 -1.4")
+    pen.flat([inner], mix(c.base, c.dark, 0.55), shade=0.5)
+
+
+def elephant_front(pen, a):
+    """An elephant from the front: big head above a round body and thick legs."""
+    c = a.coat
+    shadow(pen, 0, 1.1)
+    pen.pair([smooth(".2 -.8, .86 -.8, .92 -.04, .3 -.04")], dark(c.base, 0.34))
+    pen.form([oval(0, -1.05, 0.92, 0.8)], dark(c.base, 0.2))
+    pen.pair([smooth(".14 -.8, .7 -.85, .72 -.06, .66 0, .18 0, .14 -.06")], dark(c.base, 0.12))
+    pen.flat(twin([oval(x, -0.07, 0.085, 0.075) for x in (0.26, 0.43, 0.6)]), pale(c.light))
+    elephant_head(pen.at(0, -1.7, 0.72, a.rng.uniform(-5, 5), bold=1.25), a)
+
+
+# ---------------------------------------------------------------- backgrounds
+
+# colours of the sky at the top, the sky at the horizon and the ground
+SCENES = {
+    "meadow": "88c4ee daeef8 96c66c", "savannah": "9cd0ec f6f0d6 cec47c", "sunset": "7a6ca8 fcc496 867478",
+    "snow": "96bce0 d6e4f2 f0f5fa", "jungle": "96ceac ceecc8 62985c", "dusk": "3e4e7c 8892be 526a70",
+    "blue room": "9cc0d8 b6d2e0 c4a07c", "rose room": "e8c4be f0d2ca 967a74",
+    "green room": "b0d0b8 bedac6 d6b892", "plain blue": "78b2d6 aad4ea",
+    "plain violet": "a89cce cec4e4", "plain mint": "80c4b0 b8e2d0",
+    "plain cream": "f8e2b0 fcf0d2", "plain teal": "387684 60a0a8",
+}
+HABITATS = {
+    "cat": "blue room,meadow,plain cream,rose room,plain teal,green room,plain mint,dusk,snow,plain violet",
+    "dog": "meadow,plain blue,green room,snow,plain mint,blue room,meadow,sunset,plain cream,plain teal,dusk",
+    "elephant": "savannah,meadow,sunset,plain cream,jungle,savannah,plain mint,meadow,rose room",
+    "lion": "savannah,plain blue,dusk,meadow,plain violet,jungle,savannah,plain teal,sunset",
+    "tiger": "jungle,plain mint,snow,dusk,meadow,plain blue,jungle,plain teal,snow,plain cream",
+}
+
+
+def scene_colours(name):
+    return [ImageColor.getrgb(f"#{c}") for c in SCENES[name].split()]
+
+
+def background(name, rng, horizon):
+    """A calm, slightly blurred background."""
+    side = SIZE * ZOOM
+    top, low, *ground = (mix(c, WHITE, rng.uniform(0, 0.12)) for c in scene_colours(name))
+    fade = np.clip(np.linspace(0, 1 / horizon if ground else 1, side), 0, 1)[:, None, None]
+    sky = np.asarray(top) * (1 - fade) + np.asarray(low) * fade + 0.5
+    image = Image.fromarray(np.broadcast_to(sky, (side, side, 3)).astype(np.uint8))
+    pen, x, k = Pen(), rng.choice((rng.uniform(0.1, 0.24), rng.uniform(0.76, 0.9))), rng.choice((1, -1))
+    if not ground:
+        pen.flat([oval(0.5 + 0.12 * k, rng.uniform(0.42, 0.56), rng.uniform(0.36, 0.48))], pale(low, 0.35))
+    else:
+        floor = [np.array([(0, horizon), (1, horizon), (1, 1), (0, 1)])]
+        if "room" in name:
+            pen.flat([points("-.13 .06, .13 .06, .13 .34, -.13 .34") + (x, 0)], pale(top))
+            pen.flat(floor, ground[0])
+            pen.flat(stroke([(-0.1, horizon), (1.1, horizon)], 0.03, 0.03), pale(low))
+            rug = rng.choice([(200, 90, 90), (90, 130, 180), (240, 220, 180)])
+            pen.flat([oval(0.5, 0.93, 0.55, 0.13)], mix(ground[0], rug, 0.5))
+        else:
+            landscape(pen, name, rng, horizon, low, ground[0], x, k)
+            pen.flat(floor, ground[0])
+    paint(image, pen.forms, (0, 0))
+    return image.filter(ImageFilter.GaussianBlur(4))
+
+
+def landscape(pen, name, rng, horizon, low, ground, x, k):
+    """Sun, hills and the plants of an outdoor background."""
+    sun = {"sunset": (255, 226, 150), "dusk": (236, 238, 220)}.get(name, (255, 246, 200))
+    pen.flat([oval(x, rng.uniform(0.1, 0.22), 0.09)], sun)
+    hill = mix(ground, low, 0.45) if name != "snow" else (190, 208, 228)
+    pen.flat([oval(0.5 - 0.4 * k, horizon + 0.06, 0.45, rng.uniform(0.1, 0.2))], hill)
+    pen.flat([oval(0.5 + 0.45 * k, horizon + 0.05, 0.4, rng.uniform(0.08, 0.16))], mix(hill, ground, 0.3))
+    tree, x = mix(low, (70, 130, 84), 0.6), 0.5 + 0.4 * k
+    if name == "savannah":
+        pen.flat(stroke([(x, horizon + 0.05), (x + 0.02, horizon - 0.2)], 0.03, 0.02), dark(tree, 0.3))
+        pen.flat([oval(x, horizon - 0.22, 0.18, 0.05), oval(x + 0.04, horizon - 0.26, 0.11, 0.04)], tree)
+    elif name == "snow":
+        for dx, y in ((0, 0.34), (0.13, 0.24), (-0.76 * k, 0.26)):
+            pen.flat([points([(-0.08, 0), (0, -y), (0.08, 0)]) + (x + dx, horizon)], mix(tree, low, 0.2))
+    elif name == "jungle":
+        for i, (x, y) in enumerate(points(".02 .3, .98 .24, .12 .08, .88 .06, .97 .5, .04 .54")):
+            pen.flat([oval(x, y, 0.07, 0.24, 48 if x > 0.5 else -48)], mix(tree, low, 0.12 * (i % 3)))
+
+
+def pick_scene(options, start, coat):
+    """The first background, from `start` on, that the coat stands out from."""
+    order = options[start:] + options[:start]
+    colour = mix(coat.base, coat.mane, 0.5) if coat.mane else coat.base
+    clear = [s for s in order if min(math.dist(colour, c) for c in scene_colours(s)) > 62]
+    return (clear or order)[0]
+
+
+# ---------------------------------------------------------------- pictures
+
+POSES = ["head"] * 6 + ["sit"] * 4 + ["perch"] * 3 + ["stand"] * 2 + ["walk"] * 3 + ["lie"] * 2
+ELEPHANT_POSES = ["head"] * 7 + ["front"] * 4 + ["stand"] * 4 + ["walk"] * 5
+LIGHTS = [(1.0, 1.0, 1.0), (1.03, 0.99, 0.94), (0.97, 1.0, 1.03), (1.04, 0.97, 0.95)]
+DRAW = {
+    "head": portrait, "sit": sitting, "perch": perching, "lie": lying, "front": elephant_front,
+    "stand": lambda pen, a: (elephant_side if a.kind == "elephant" else standing)(pen, a, False),
+    "walk": lambda pen, a: (elephant_side if a.kind == "elephant" else standing)(pen, a, True),
+}
+
+
+def deal(name, options, index):
+    """The index-th card from endlessly repeated, freshly shuffled decks of the options."""
+    rng, cards = random.Random(name), []
+    while len(cards) <= index:
+        cards += rng.sample(options, len(options))
+    return cards[index]
+
+
+def tinted(image, rng):
+    """Light of the day: neutral, warm or cool, a little brighter towards one side."""
+    across = 1 + np.linspace(-1, 1, image.width, dtype=np.float32) * rng.choice((0.05, -0.05))
+    pixels = np.asarray(image, np.float32) * np.float32(rng.choice(LIGHTS)) * across[None, :, None]
+    return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
+
+
+def picture(kind, seed, index):
+    """Draws picture number `index` of a kind of animal."""
+    name, rng = f"{seed}/{kind}", random.Random(f"{seed}/{kind}/{index}")
+    pose = deal(f"{name}/pose", ELEPHANT_POSES if kind == "elephant" else POSES, index)
+    coat = deal(f"{name}/coat", coats(kind), index)
+    options = HABITATS[kind].split(",")
+    scene = pick_scene(options, deal(f"{name}/scene", range(len(options)), index), coat)
+    coat = replace(coat, base=mix(coat.base, rng.choice((WHITE, INK, (200, 130, 70))), rng.uniform(0, 0.08)))
+    mouth = deal(f"{name}/mouth", ["smile", "open", "calm", "open", "smile"], index)
+    lids = deal(f"{name}/lids", [1.0, 0.9, 1.1, 1.0, 0.85, 1.05, 0.0], index)
+    a = Animal(kind, coat, rng, mouth, rng.uniform(-1, 1), lids, rng.uniform(-0.16, 0.16))
+    pen = Pen()
+    DRAW[pose](pen.at(wide=deal(f"{name}/side", [1, -1], index)), a)
+
+    corners = np.vstack([p for f in pen.forms if not f.free and f.alpha == 1 for p in f.polys])
+    low, span = corners.min(0), corners.max(0) - corners.min(0)
+    scale = rng.uniform(0.87, 0.94) / span.max()
+    room = 1 - span * scale
+    x, y = room[0] * rng.uniform(0.35, 0.65), room[1] * rng.uniform(0.35, 0.65)
+    if pose != "head":
+        y = min(room[1] * rng.uniform(0.7, 0.9), 0.96 - span[1] * scale)
+    image = background(scene, rng, rng.uniform(0.54, 0.68))
+    angle = math.radians(rng.uniform(35, 75))
+    light = (math.cos(angle) * rng.choice((1, -1)), -math.sin(angle))
+    paint(image, pen.forms, light, scale, np.array([x, y]) - low * scale)
+    return tinted(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), rng)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the example pictures of five animals.")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures (default 0)")
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--out", type=Path, default=here, help="folder to write to (default: this script's)")
+    parser.add_argument("--count", type=int, default=20, help="pictures per animal (default 20)")
+    args = parser.parse_args()
+    if args.count < 1:
+        parser.error("--count must be at least 1")
+    try:
+        for kind in COATS:
+            (args.out / kind).mkdir(parents=True, exist_ok=True)
+            for index in range(args.count):
+                picture(kind, args.seed, index).save(args.out / kind / f"{kind}_{index:02d}.png")
+    except OSError as problem:
+        parser.error(f"cannot write to {args.out}: {problem.strerror or problem}")
+    print(f"wrote {args.count * len(COATS)} pictures to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
