@@ -966,23 +966,23 @@ def keep_memory():
         mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
-class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a number that a loop can read; a second Ctrl-C quits at once."""
+@contextlib.contextmanager
+def stop_requests():
+    """Collects SIGTERM and Ctrl-C in a list that a loop can look at; a second Ctrl-C quits at once."""
+    asked, before = [], {}
 
-    def __enter__(self):
-        self.signal, self.handlers = 0, {}
-        with contextlib.suppress(ValueError):  # only the main thread may do this
-            self.handlers = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.handlers.items():
-            signal.signal(s, handler)
-
-    def handle(self, number, _):
-        if self.signal and number == signal.SIGINT:
+    def handle(number, _):
+        if asked and number == signal.SIGINT:
             os._exit(130)
-        self.signal = number
+        asked.append(number)
+
+    with contextlib.suppress(ValueError):  # only the main thread may handle signals
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 class Clock:
     """How far training is: steps done, seconds spent, and the share of the planned length, 0 to 1."""
@@ -1071,7 +1071,7 @@ def train(config):
     images = load_images(config, device)
     torch.manual_seed(config.seed)
     model = build_model(config, images.channels, images.classes)
-    started_from = initialise(model, config.init_from) if config.init_from else ""
+    origin = initialise(model, config.init_from) if config.init_from and not resumed else ""
     ema = copy.deepcopy(model).eval().requires_grad_(False).to(device)
     model.to(device)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
@@ -1080,91 +1080,85 @@ def train(config):
     clock = Clock(config, len(images.train))
     if resumed:
         if resumed.get("data") != images.fingerprint:
-            raise UserError(f"{path} was trained on other data ({resumed.get('data')}; here {images.fingerprint}): restore "
-                            "the pictures, or start a new run with --init_from.")
+            raise UserError(f"{path} was trained on other data ({resumed.get('data')}; here {images.fingerprint}): "
+                            "restore the pictures, or start a new run with --init_from.")
         load_weights(model, resumed["weights"], path)
         load_weights(ema, resumed["ema"], path)
         optimizer.load_state_dict(resumed["optimizer"])
         scaler.load_state_dict(resumed["scaler"])
         clock = Clock(config, len(images.train), resumed["step"], resumed["seconds"])
+        origin = f"resuming  {path} at step {clock.step}"
     diffusion = make_diffusion(config, device)
     net = torch.compile(model) if config.compile else model
     if world > 1:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
-
-    log = RunLog(config, images, diffusion, clock) if rank == 0 else None
-    if log:
-        log.banner(model, device, precision, world, f"resuming  {path} at step {clock.step}" if resumed else started_from)
+    if rank == 0:
+        banner(config, images, model, diffusion, clock, device, precision, world, origin)
     if config.dry_run:
         return dry_run(net, diffusion, images, config, device, precision, slices)
     previews = Previews(config, images, diffusion, device, precision, rank, world)
-    if log:
-        log.start([] if resumed else set_aside(config.model_path))
+    log = RunLog(config, images, clock) if rank == 0 else None  # only the first process tells and writes
 
     def save():
         """The model to sample from, and the step checkpoint: everything that is needed to go on."""
-        state = dict(format=FORMAT, config=dataclasses.asdict(config), classes=images.classes, channels=images.channels,
-                     data=images.fingerprint, held_out=images.held_out.tolist(), step=clock.step, seconds=clock.seconds,
-                     weights=model.state_dict(), ema=ema.state_dict())
+        state = dict(format=FORMAT, config=dataclasses.asdict(config), classes=images.classes,
+                     channels=images.channels, data=images.fingerprint, held_out=images.held_out.tolist(),
+                     step=clock.step, seconds=clock.seconds, weights=model.state_dict(), ema=ema.state_dict())
         more = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        folder, _ = step_files(config.model_path)
-        log.wrote(atomic_write(folder / f"step_{clock.step:08d}.pt", lambda f: torch.save(state | more, f)),
+        step_path = step_files(config.model_path)[0] / f"step_{clock.step:08d}.pt"
+        log.wrote(atomic_write(step_path, lambda f: torch.save(state | more, f)),
                   atomic_write(config.model_path, lambda f: torch.save(state, f)))
         for old in step_files(config.model_path)[1][: -config.keep_last]:  # the new ones are durable by now
-            if not config.resume or old.resolve() != Path(config.resume).resolve():
+            if old.resolve() != Path(config.resume or "").resolve():
                 old.unlink(missing_ok=True)
 
-    def refuse_non_finite():
-        if (step := bad_step.item()) >= 0:
-            files = step_files(config.model_path)[1]
-            last = f"Last good checkpoint: {files[-1].resolve()}." if files else "There is no checkpoint yet."
-            raise UserError(f"Non-finite loss at step {step} (lr {lr:.2g}, {precision}). {last} Try --precision fp32 or a "
-                            "lower --lr.")
-
-    # Kept on the device, and read only to print or save: sums of loss and of pictures by quarter of the timesteps,
-    # the steps in a row that were not finite, and the first step of too many of them (-1: none).
+    # Kept on the device, and read only to print or save: sums of loss and of pictures by quarter of the timesteps;
+    # how many steps in a row were not finite; the first step at which they were too many (-1: none).
     sums = torch.zeros(2, 4, device=device)
     streak, bad_step = torch.zeros((), dtype=torch.int64, device=device), torch.full((), -1, device=device)
     patience = 50 if scaler.is_enabled() else 1  # a scaler finds its scale by overflowing
-    saved, drawn, lr, grad_norm = clock.step, clock.step, 0.0, None
+    saved = drawn = clock.step
+    lr, grad_norm, said = 0.0, None, torch.zeros(2, device=device)
     clock.started = time.monotonic()
 
-    with StopRequest() as stop:
+    with stop_requests() as asked:
         while True:
             # ---- rare things: stop, print, save, draw
-            share, stopping = clock.share, stop.signal
-            if world > 1:  # the first process's clock counts, and each can ask to stop; every tenth step
-                if clock.step % 10 == 0 or share >= 1:
-                    said = torch.tensor([stopping, share if rank == 0 else 0], dtype=torch.float32, device=device)
+            stopping, share = asked[0] if asked else 0, clock.share
+            if world > 1:  # every tenth step: the first process's clock counts, and any process can ask to stop
+                if clock.step % 10 == 0 or clock.steps == clock.step:
+                    said = torch.tensor([stopping, share if rank == 0 else 0], device=device)
                     dist.all_reduce(said, dist.ReduceOp.MAX)
-                    stopping_all, share_all = int(said[0].item()), said[1].item()
-                stopping, share = stopping_all, share_all
+                stopping, share = int(said[0].item()), said[1].item()
             done = share >= 1
             leave = done or stopping
             if clock.step % config.log_every == 0 or clock.step % config.save_every == 0 or leave:
-                refuse_non_finite()
+                if bad_step.item() >= 0:
+                    raise UserError(f"Non-finite loss at step {bad_step.item()} (lr {lr:.2g}, {precision}). "
+                                    f"{last_good(config)} Try --precision fp32 or a lower --lr.")
                 if world > 1:
                     dist.all_reduce(sums)
                 if log and sums[1].sum() > 0:
                     log.line(clock, sums.tolist(), grad_norm.item(), lr, device)
                 sums.zero_()
-            if log and clock.step > saved and (clock.step % config.save_every == 0 or leave):
-                save()
+            if clock.step > saved and (clock.step % config.save_every == 0 or leave):
                 saved = clock.step
+                if log:
+                    save()
             if clock.step > drawn and (clock.step % config.sample_every == 0 or done) and not stopping:
                 began, drawn = time.monotonic(), clock.step
-                pictures = previews.draw(ema, stop)
+                pictures = previews.draw(ema, asked)
                 if log and pictures:
                     log.pictures(clock, *pictures)
                 clock.ending = max(clock.ending, time.monotonic() - began)
             if leave:
                 break
-            # ------------------------------------------------------------------------------- one training step
+            # -------------------------------------------------------------------------------- one training step
             lr = learning_rate(config, clock.step, share)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             for i in range(config.grad_accum):
-                number = rank * config.grad_accum + i  # of the slice: what is drawn depends on it, step and seed
+                number = rank * config.grad_accum + i  # all that is drawn depends on seed, step and slice alone
                 torch.manual_seed(mix(config.seed, 3, clock.step, number))
                 x0, y = images.batch(clock.step, config.batch_size, number, slices, device)
                 y = torch.where(torch.rand(len(y), device=device) < config.label_dropout, -1, y)
@@ -1175,9 +1169,7 @@ def train(config):
                     with autocast(device, precision):
                         losses = diffusion.loss(net, x0, t, eps, y)  # (n,)
                     scaler.scale(losses.mean() / config.grad_accum).backward()
-                quarter = t * 4 // config.timesteps
-                sums[0].index_add_(0, quarter, losses.detach())
-                sums[1].index_add_(0, quarter, torch.ones_like(losses))
+                sums.index_add_(1, t * 4 // config.timesteps, torch.stack([losses.detach(), losses * 0 + 1]))
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             scaler.step(optimizer)
@@ -1199,6 +1191,10 @@ def train(config):
         raise SystemExit(128 + stopping)
     return Path(config.model_path)
 
+def last_good(config):
+    files = step_files(config.model_path)[1]
+    return f"Last good checkpoint: {files[-1].resolve()}." if files else "There is no checkpoint yet."
+
 class Previews:
     """What is drawn during training, always of the same pictures, timesteps and noise, so that grids compare."""
 
@@ -1215,106 +1211,104 @@ class Previews:
         self.labels = sample_labels(config, images.classes, config.num_samples)
 
     @torch.no_grad()
-    def draw(self, ema, stop):
+    def draw(self, ema, asked):
         """((clean, noisy, predicted), generated pictures, held-out loss or None), or None when asked to stop."""
         (x0, t, eps, y), d, size = self.batch, self.diffusion, self.config.sample_batch_size
         xt = d.q_sample(x0, t, eps)
         with autocast(x0.device, self.precision):
             pred = d.predict_x0(ema(xt, t, y).float(), xt, t)
-            held = [d.loss(ema, *part) for part in zip(*(v.split(64) for v in self.held_out))]
+            held = [d.loss(ema, *part) for part in zip(*(v.split(64) for v in self.held_out)) if len(part[0])]
         mine = list(range(self.rank, len(self.labels), self.world))  # every process draws its share
         drawn = torch.empty(0, *x0.shape[1:], dtype=torch.uint8)
         for chunk in (mine[i : i + size] for i in range(0, len(mine), size)):
-            for _, x, _ in generate(ema, d, self.config, chunk, [self.labels[i] for i in chunk], self.precision):
-                if stop.signal and self.world == 1:
+            labels = [self.labels[i] for i in chunk]
+            for _, x, _ in generate(ema, d, self.config, chunk, labels, self.precision):  # noqa: B007
+                if asked and self.world == 1:
                     return None
             drawn = torch.cat([drawn, to_pixels(x).cpu()])
         if self.world > 1:
             shares = [None] * self.world
             dist.all_gather_object(shares, drawn)
             drawn = torch.stack([shares[i % self.world][i // self.world] for i in range(len(self.labels))])
-        return (x0, xt, pred), drawn, torch.cat(held).mean().item() if len(self.held_out[0]) else None
+        return (x0, xt, pred), drawn, torch.cat(held).mean().item() if held else None
+
+def banner(config, images, model, diffusion, clock, device, precision, world, origin):
+    """Say what the run will do, and what to expect of it, before it begins."""
+    c, n, T_abar = config, len(images.train), diffusion.abar[-2].item()
+    print(f"data      {c.data_path}: {images.found} found, {n} to train on, {len(images.held_out)} held out, "
+          f"{images.bad} unreadable; {c.image_size}x{c.image_size}, {images.channels} channels")
+    counts = [(images.labels[images.train] == k).sum().item() for k in range(len(images.class_names))]
+    if counts:
+        pairs = [f"{name} {k}" for name, k in zip(images.class_names, counts)]
+        print(f"classes   {', '.join(pairs[:12])}{f' and {len(pairs) - 12} more' if len(pairs) > 12 else ''}"
+              f"{'' if images.classes else '; not learned'}")
+    print(f"network   {c.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{multiply_adds(model) / 1e9:.3g} G multiply-adds a picture")
+    print(f"device    {describe(device)}, {precision}, processes {world}, torch {torch.__version__}")
+    print(f"diffusion T {c.timesteps}, {c.schedule}, predicts {c.predict}, {c.loss} loss, abar_T {T_abar:.2g}")
+    length = f"{c.minutes:g} minutes" if clock.limit else (
+        f"{clock.steps} steps, {clock.steps * c.batch_size:,} pictures, {clock.steps * c.batch_size / n:.4g} passes")
+    print(f"plan      {length} in batches of {c.batch_size}; a checkpoint every {c.save_every} steps, the last "
+          f"{c.keep_last} kept in {step_files(c.model_path)[0].resolve()}")
+    if counts and max(counts) > 10 * min(counts):
+        print("warning: the classes are far out of balance; expect the small ones to look worse")
+    if T_abar > 0.01:
+        print("warning: abar_T is above 0.01: the network never sees the pure noise that sampling starts from, and "
+              "colours will be off. Leave out --beta_start and --beta_end to mend it")
+    if n < c.batch_size:
+        print(f"warning: {n} pictures are fewer than a batch of {c.batch_size}; they repeat within it")
+    if n < 1000:
+        print(f"note: {n} pictures will be learned by heart; with about 1,000 and more a model begins to invent")
+    print(origin, end="\n" if origin else "")
 
 class RunLog:
-    """What a run tells, on its first process: banner, progress bar, metrics.jsonl, pictures, list of files."""
+    """What a run tells and writes as it goes: progress bar, metrics.jsonl, pictures, and the list of its files."""
 
-    def __init__(self, config, images, diffusion, clock):
-        self.config, self.images, self.diffusion, self.clock = config, images, diffusion, clock
-        self.folder, self.files, self.rows, self.bar = Path(config.samples_dir), {}, [], None
-        self.last = clock.step, time.monotonic()  # step and time of the last line
-
-    def wrote(self, *paths):
-        self.files.update(dict.fromkeys(paths))
-
-    def banner(self, model, device, precision, world, origin):
-        c, im, clock, n = self.config, self.images, self.clock, len(self.images.train)
-        print(f"data      {c.data_path}: {im.found} found, {n} to train on, {len(im.held_out)} held out, {im.bad} "
-              f"unreadable; {c.image_size}x{c.image_size}, {im.channels} channel{'s' * (im.channels > 1)}")
-        if im.class_names:
-            counts = [(im.labels[im.train] == k).sum().item() for k in range(len(im.class_names))]
-            said = ", ".join(f"{name} {k}" for name, k in list(zip(im.class_names, counts))[:12])
-            more = f" and {len(counts) - 12} more" if len(counts) > 12 else ""
-            print(f"classes   {said}{more}{'' if im.classes else '; not learned'}")
-            if max(counts) > 10 * min(counts):
-                print("warning: the classes are far out of balance; expect the small ones to look worse")
-        print(f"network   {c.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-              f"{multiply_adds(model) / 1e9:.3g} G multiply-adds a picture")
-        print(f"device    {describe(device)}, {precision}, {world} process{'es' * (world > 1)}, torch {torch.__version__}")
-        abar_T = self.diffusion.abar[-2].item()
-        print(f"diffusion T {c.timesteps}, {c.schedule}, predicts {c.predict}, {c.loss} loss, abar_T {abar_T:.2g}")
-        if abar_T > 0.01:
-            print("warning: abar_T is above 0.01, so the network never sees the pure noise that sampling starts from; "
-                  "colours will be off. Leave out --beta_start and --beta_end to mend it")
-        length = f"{c.minutes:g} minutes" if clock.limit else (
-            f"{clock.steps} steps, {clock.steps * c.batch_size:,} pictures, {clock.steps * c.batch_size / n:.4g} passes")
-        print(f"plan      {length} in batches of {c.batch_size}; a checkpoint every {c.save_every} steps, the last "
-              f"{c.keep_last} kept in {step_files(c.model_path)[0].resolve()}")
-        if n < c.batch_size:
-            print(f"warning: {n} pictures are fewer than a batch of {c.batch_size}; they repeat within it")
-        if n < 1000:
-            print(f"note: {n} pictures will be learned by heart; with about 1,000 and more a model begins to invent")
-        if origin:
-            print(origin)
-
-    def start(self, set_aside):
-        """The pictures made before the first step, the beginning of metrics.jsonl, the progress bar."""
-        c, clock, path = self.config, self.clock, self.folder / "metrics.jsonl"
-        if set_aside:
-            print(f"kept      the earlier model, as {' and '.join(set_aside)}")
-        if clock.step and path.exists():
-            for line in path.read_text().splitlines()[1:]:
+    def __init__(self, config, images, clock):
+        """Puts an earlier model aside, makes the pictures that come before the first step, starts the bar."""
+        self.config, self.images, self.files, self.rows = config, images, {}, []
+        self.folder, self.last = Path(config.samples_dir), (clock.step, time.monotonic())  # of the last line
+        self.metrics = self.folder / "metrics.jsonl"
+        if clock.step and self.metrics.exists():
+            for line in self.metrics.read_text().splitlines()[1:]:
                 with contextlib.suppress(ValueError):  # a last line that a crash cut short
                     self.rows += [row for row in [json.loads(line)] if row["step"] <= clock.step]
-        head = dict(config=dataclasses.asdict(c), python=platform.python_version(), torch=torch.__version__,
-                    torchvision=torchvision.__version__, data=self.images.fingerprint)
+        kept = [] if clock.step else set_aside(config.model_path)
+        if kept:
+            print(f"kept      the earlier model, as {' and '.join(kept)}")
+        head = dict(config=dataclasses.asdict(config), python=platform.python_version(), torch=torch.__version__,
+                    torchvision=torchvision.__version__, data=images.fingerprint)
         text = "".join(json.dumps(row) + "\n" for row in [head, *self.rows])
-        x0, _ = self.images.take(spread(self.images.train, 64), "cpu")
-        self.wrote(atomic_write(path, lambda f: f.write(text.encode())),
-                   save_grid(to_pixels(x0), self.folder / "dataset_grid.png", c),
-                   plot_schedules(c, self.folder / "schedules.png"),
-                   plot_forward_process(x0[:1], c, self.folder / "forward_process.png"))
+        x0, _ = images.take(spread(images.train, 64), "cpu")
+        self.wrote(atomic_write(self.metrics, lambda f: f.write(text.encode())),
+                   save_grid(to_pixels(x0), self.folder / "dataset_grid.png", config),
+                   plot_schedules(config, self.folder / "schedules.png"),
+                   plot_forward_process(x0[:1], config, self.folder / "forward_process.png"))
         total, unit = (clock.steps, "step") if clock.steps else (round(clock.limit), "s")
         self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True, smoothing=0.05)
         self.tick(clock)
+
+    def wrote(self, *paths):
+        self.files.update(dict.fromkeys(paths))
 
     def tick(self, clock):
         self.bar.update(min(clock.step if clock.steps else int(clock.seconds), self.bar.total) - self.bar.n)
 
     def write(self, row):
         self.rows.append(row)
-        with open(self.folder / "metrics.jsonl", "a") as f:
+        with open(self.metrics, "a") as f:
             f.write(json.dumps(row) + "\n")
 
     def line(self, clock, sums, grad_norm, lr, device):
         """A line of metrics.jsonl: means since the line before."""
         (loss, count), (step, then), now = sums, self.last, time.monotonic()
-        self.last = clock.step, now
-        row = dict(step=clock.step, epoch=round(clock.step * self.config.batch_size / len(self.images.train), 3),
-                   loss=sum(loss) / sum(count), loss_quarters=[a / b if b else None for a, b in zip(loss, count)],
-                   lr=lr, grad_norm=grad_norm, memory_mb=peak_memory(device), seconds=round(clock.seconds, 1),
-                   pictures_per_s=round((clock.step - step) * self.config.batch_size / (now - then), 1))
-        self.write(row)
-        self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        batch, self.last = self.config.batch_size, (clock.step, now)
+        self.write(dict(
+            step=clock.step, epoch=round(clock.step * batch / len(self.images.train), 3),
+            loss=sum(loss) / sum(count), loss_quarters=[a / b if b else None for a, b in zip(loss, count)],
+            lr=lr, grad_norm=grad_norm, memory_mb=peak_memory(device), seconds=round(clock.seconds, 1),
+            pictures_per_s=round((clock.step - step) * batch / (now - then), 1)))
+        self.bar.set_postfix(loss=f"{sum(loss) / sum(count):.4f}", refresh=False)
 
     def pictures(self, clock, fixed, generated, held_out):
         c, passes = self.config, clock.step * self.config.batch_size / len(self.images.train)
