@@ -91,6 +91,7 @@ class Config:
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
     channels: int = flag(32, "width of the first stage (unet, simple)", 4, 4096)
     channel_mults: tuple[int, ...] = flag((1, 2, 3, 4), "width of each stage, times --channels (unet)", 1, 64)
+    patch: int = flag(1, "side of the squares of pixels that are folded into channels at first (unet)", 1, 16)
     res_blocks: int = flag(1, "residual blocks a stage going down; one more going up (unet)", 1, 16)
     attention: str = flag("full", "kind, in the stages of --attention_at (unet)", choices="full linear none")
     attention_at: tuple[int, ...] = flag((8,), "sides in pixels of the stages with attention (unet)", 1, 1024)
@@ -224,7 +225,7 @@ def check(config):
     if c.arch == "unet" and c.channels % 2:
         raise UserError(f"--channels {c.channels} must be even: half are sines and half cosines of t.")
     if c.arch == "unet" and c.attention != "none":
-        sides = [side >> i for i in range(len(c.channel_mults))]
+        sides = [side // c.patch >> i for i in range(len(c.channel_mults))]
         if not set(c.attention_at) <= set(sides):
             raise UserError(f"--attention_at {' '.join(map(str, c.attention_at))}: the stages have sides "
                             f"{' '.join(map(str, sides))}; choose among them, or --attention none.")
@@ -235,7 +236,8 @@ def network_size(config):
 
 def network_stride(config):
     """What the sides of pictures must be divisible by."""
-    return {"unet": 2 ** (len(config.channel_mults) - 1), "simple": 16, "resnet18": 32}[config.arch]
+    unet = config.patch * 2 ** (len(config.channel_mults) - 1)
+    return {"unet": unet, "simple": 16, "resnet18": 32}[config.arch]
 
 # -------------------------------------------------------------------------------------------------- schedules
 
@@ -522,11 +524,11 @@ class UNet(nn.Module):
 
     Args: image_channels of the pictures; width of the first stage, times mults for each; res_blocks a stage;
     attention (full, linear, none) in the stages numbered in attention_stages, and full in the middle unless none;
-    classes, 0 for an unconditional model.
+    classes, 0 for an unconditional model; patch, the side of the squares of pixels that are folded into channels.
     """
 
     def __init__(self, image_channels=3, width=128, mults=(1, 2, 2, 2), res_blocks=2, attention="full",
-                 attention_stages=(1,), dropout=0.0, classes=0):
+                 attention_stages=(1,), dropout=0.0, classes=0, patch=1):
         super().__init__()
         widths = [width * m for m in mults]
         # One number of groups for the whole net: the most, up to 32, that leave every group four channels.
@@ -534,8 +536,9 @@ class UNet(nn.Module):
         kind = [attention if attention != "none" and i in attention_stages else None for i in range(len(widths))]
         shared = dict(embedding=4 * width, groups=groups, dropout=dropout)
 
+        self.patch = patch
         self.embed = TimeLabelEmbedding(width, 4 * width, classes)
-        self.conv_in = nn.Conv2d(image_channels, width, 3, padding=1)
+        self.conv_in = nn.Conv2d(image_channels * patch**2, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c, skips = width, [width]
         for i, w in enumerate(widths):
@@ -555,11 +558,11 @@ class UNet(nn.Module):
             if i:
                 self.up.append(Up(c))
         self.norm_out = group_norm(groups, c)
-        self.conv_out = zero(nn.Conv2d(c, image_channels, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(c, image_channels * patch**2, 3, padding=1))
 
     def forward(self, x, t, y=None):
         emb = self.embed(t, y)
-        h = self.conv_in(x)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for layer in self.down:
             h = layer(h) if isinstance(layer, Down) else layer(h, emb)
@@ -567,7 +570,7 @@ class UNet(nn.Module):
         h = self.middle2(self.middle(h, emb), emb)
         for layer in self.up:
             h = layer(h) if isinstance(layer, Up) else layer(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 class ConvBlock(nn.Module):
     """A convolution of any kind, BatchNorm, the embedding added, SiLU."""
@@ -657,9 +660,10 @@ def build_model(config, image_channels, classes):
     elif config.arch == "resnet18":
         model = ResNetUNet(image_channels, len(classes), config.pretrained)
     else:
-        stages = [i for i in range(len(config.channel_mults)) if network_size(config) >> i in config.attention_at]
+        sides = [network_size(config) // config.patch >> i for i in range(len(config.channel_mults))]
+        stages = [i for i, side in enumerate(sides) if side in config.attention_at]
         model = UNet(image_channels, config.channels, config.channel_mults, config.res_blocks, config.attention,
-                     stages, config.dropout, len(classes))
+                     stages, config.dropout, len(classes), config.patch)
     model.image_size, model.channels, model.classes = network_size(config), image_channels, list(classes)
     return model
 
