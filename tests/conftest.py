@@ -1,0 +1,120 @@
+"""What the tests share: the program, a tiny folder of pictures, and ways to run the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ddpm  # noqa: E402
+
+# The network, batch and length that a test needs no more than. Later flags override earlier ones.
+TINY = """--image_size 16 --channels 8 --channel_mults 1 2 --attention_at 8 --timesteps 50 --batch_size 4
+    --warmup_steps 0 --num_samples 3 --sampling_steps 2 --log_every 1 --precision fp32 --device cpu""".split()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long form: give --slow"))
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # for networks this small a second thread costs more than it gives
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """24 pictures of 20x20 pixels in three classes: discs, squares and stripes in colours of their own."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    y, x = np.mgrid[:20, :20]
+    for name in ("disc", "square", "stripes"):
+        (root / name).mkdir()
+        for i in range(8):
+            a, b, r = rng.uniform(6, 14), rng.uniform(6, 14), rng.uniform(3, 6)
+            inside = {"disc": (x - a) ** 2 + (y - b) ** 2 < r**2,
+                      "square": (abs(x - a) < r) & (abs(y - b) < r),
+                      "stripes": (x * a + y * b) % (8 * r) < 4 * r}[name]
+            back, front = rng.integers(0, 256, (2, 3))
+            Image.fromarray(np.where(inside[..., None], front, back).astype(np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def program(tmp_path):
+    """program(*flags) runs the real command line in a process of its own, in tmp_path."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*flags, file=ROOT / "ddpm.py", cwd=tmp_path, launcher=()):
+        command = [sys.executable, *launcher, str(file), *map(str, flags)]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch):
+    """main(*flags) runs the command line inside this process, in tmp_path, and returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        try:
+            return ddpm.main([str(f) for f in flags])
+        except SystemExit as e:
+            return e.code
+
+    return run
+
+
+@pytest.fixture
+def quick_plots(monkeypatch):
+    """Plots come out as one grey pixel: matplotlib takes longer than the training in a test."""
+
+    def savefig(self, file, **_):
+        Image.new("L", (1, 1)).save(file, "PNG")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory):
+    """The path of a tiny class-conditional model that has learned for a few steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    places = ["--data_path", pictures, "--model_path", folder / "model.pt", "--samples_dir", folder / "samples",
+              "--download_dir", folder / "data"]
+    more = "--steps 40 --lr 1e-2 --ema_decay 0.9 --batch_size 8 --log_every 40".split()
+    assert ddpm.main(["--mode", "train", *TINY, *more, *map(str, places)]) == 0
+    return folder / "model.pt"
+
+
+def randomise(model, seed=0, scale=0.2):
+    """Give every weight a random value, so that no layer is left at its initial zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
+    return model
+
+
+def tree(folder):
+    """The files below a folder, with their contents."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def metrics(folder):
+    """The lines of a run's metrics.jsonl: the first, then those of training."""
+    head, *rows = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+    return head, [row for row in rows if "loss" in row]

@@ -1,0 +1,496 @@
+"""The data path: which files are read, what becomes of every kind of picture, the cache, and batches."""
+
+import builtins
+import dataclasses
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import ddpm
+
+
+def config(path, **more):
+    return ddpm.preset("animals", **{"data_path": str(path), "image_size": 16, "hflip": False} | more)
+
+
+def load(path, **more):
+    more.setdefault("download_dir", str(path) + ".data")
+    return ddpm.load_images(config(path, **more))
+
+
+def one(path, **more):
+    """The pixels of the only picture in a folder."""
+    images = load(path, **more)
+    assert len(images.pixels) == 1
+    return images.pixels[0].numpy()
+
+
+def flat(mode, colour, size=(16, 16)):
+    return Image.new(mode, size, colour)
+
+
+# ---- which files
+
+
+def test_a_flat_folder_has_no_classes(tmp_path):
+    for i in range(3):
+        flat("RGB", (i, 0, 0)).save(tmp_path / f"{i}.png")
+    images = load(tmp_path)
+    assert len(images.train) == 3 and images.classes == [] and images.labels.tolist() == [-1, -1, -1]
+
+
+def test_sub_folders_are_classes_in_alphabetical_order(pictures, tmp_path):
+    images = load(pictures, download_dir=str(tmp_path))
+    assert images.classes == ["disc", "square", "stripes"]
+    assert images.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+
+
+def test_folders_deeper_down_belong_to_the_first(tmp_path):
+    for place in ("a/x/y", "b", "a"):
+        (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        flat("RGB", "red").save(tmp_path / place / "p.png")
+    images = load(tmp_path)
+    assert images.classes == ["a", "b"] and sorted(images.labels.tolist()) == [0, 0, 1]
+
+
+@pytest.mark.parametrize("more, expected", [({"class_cond": False}, 0), ({}, 3)])
+def test_classes_are_learned_only_when_wanted(pictures, tmp_path, more, expected):
+    assert len(load(pictures, download_dir=str(tmp_path), **more).classes) == expected
+
+
+def test_suffixes_count_in_any_case_and_other_files_and_dotfiles_do_not(tmp_path):
+    for name in ("a.png", "b.PNG", "c.JpG", "d.jpeg", "e.WEBP", "f.bmp", "g.TIF", "h.tiff", "i.gif"):
+        flat("RGB", "red").save(tmp_path / name)
+    (tmp_path / ".hidden").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / ".a.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / ".hidden" / "a.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    images = load(tmp_path)
+    assert len(images.train) == 9 and images.classes == []
+
+
+def test_no_folder_is_told(tmp_path):
+    with pytest.raises(ddpm.UserError, match="No folder .*nowhere"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_folder_without_pictures_is_told_with_what_it_holds(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text("")
+    with pytest.raises(ddpm.UserError, match=r"No pictures in .*: saw 12 files \(\.txt 12\); accepted \.png \.jpg"):
+        load(tmp_path)
+
+
+def test_an_empty_folder_is_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ddpm.UserError, match="No pictures in .*empty: saw 0 files"):
+        load(tmp_path / "empty")
+
+
+def test_a_loop_of_links_ends_and_counts_no_picture_twice(tmp_path):
+    (tmp_path / "a").mkdir()
+    flat("RGB", "red").save(tmp_path / "a" / "p.png")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert len(load(tmp_path).train) == 1
+
+
+def test_max_images_draws_a_fixed_choice_by_the_seed(pictures, tmp_path):
+    def chosen(**more):
+        return load(pictures, download_dir=str(tmp_path), max_images=10, **more).pixels
+
+    assert chosen().shape[0] == 10 and torch.equal(chosen(), chosen())
+    assert not torch.equal(chosen(), chosen(seed=1))
+
+
+# ---- every kind of picture
+
+
+@pytest.mark.parametrize("suffix", ("png", "bmp", "tiff", "gif", "webp", "jpg"))
+def test_a_picture_keeps_its_colours_in_every_format(tmp_path, suffix):
+    colours = (200, 40, 90)
+    flat("RGB", colours).save(tmp_path / f"p.{suffix}", **({"quality": 95} if suffix in ("jpg", "webp") else {}))
+    pixels = one(tmp_path)
+    assert pixels.dtype == np.uint8 and pixels.shape == (3, 16, 16)
+    np.testing.assert_allclose(pixels.transpose(1, 2, 0).reshape(-1, 3), [colours] * 256, atol=4)
+
+
+def test_grey_pictures_make_a_model_of_one_channel(tmp_path):
+    flat("L", 77).save(tmp_path / "p.png")
+    assert (one(tmp_path) == 77).all() and one(tmp_path).shape == (1, 16, 16)
+
+
+def test_one_picture_in_colour_makes_all_of_them_colour(tmp_path):
+    flat("L", 77).save(tmp_path / "a.png")
+    flat("RGB", (1, 2, 3)).save(tmp_path / "b.png")
+    pixels = load(tmp_path).pixels
+    assert pixels.shape == (2, 3, 16, 16) and (pixels[0] == 77).all() and pixels[1, :, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("alpha, expected", [(0, (255, 255, 255)), (255, (200, 0, 100)), (51, (244, 204, 224))])
+def test_alpha_is_laid_over_white(tmp_path, alpha, expected):
+    """alpha a/255 over white: c a/255 + 255 (1 - a/255)."""
+    flat("RGBA", (200, 0, 100, alpha)).save(tmp_path / "p.png")
+    np.testing.assert_allclose(one(tmp_path)[:, 8, 8], expected, atol=1)
+
+
+def test_grey_with_alpha_is_laid_over_white(tmp_path):
+    flat("LA", (0, 51)).save(tmp_path / "p.png")
+    np.testing.assert_allclose(one(tmp_path)[:, 8, 8], 204, atol=1)
+
+
+def test_the_transparent_colour_of_a_palette_is_white(tmp_path):
+    image = Image.fromarray(np.repeat([[0, 1]], 16, 0).repeat(8, 1).astype(np.uint8), "P")
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.save(tmp_path / "p.png", transparency=0)
+    pixels = one(tmp_path)
+    assert pixels[:, 8, 2].tolist() == [255, 255, 255] and pixels[:, 8, 13].tolist() == [200, 100, 50]
+
+
+def test_one_bit_pictures_are_black_and_white(tmp_path):
+    Image.fromarray(np.arange(16)[None].repeat(16, 0) > 7).save(tmp_path / "p.png")
+    pixels = one(tmp_path)
+    assert pixels.shape[0] == 1 and (pixels[0, :, 2] == 0).all() and (pixels[0, :, 13] == 255).all()
+
+
+@pytest.mark.parametrize("suffix", ("png", "tiff"))
+def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
+    Image.fromarray(np.full((16, 16), 128 * 257, np.uint16)).save(tmp_path / f"p.{suffix}")
+    pixels = one(tmp_path)
+    assert pixels.shape[0] == 1 and (pixels == 128).all()
+
+
+def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path):
+    """300 of 65535 is 1 of 255, whatever else the picture holds."""
+    Image.fromarray(np.full((16, 16), 300, np.uint16)).save(tmp_path / "p.png")
+    assert (one(tmp_path) == 1).all()
+
+
+def test_a_nearly_black_sixteen_bit_picture_is_black(tmp_path):
+    """200 of 65535 is 0.8 of 255: the depth is the file's, not a guess from its brightest pixel."""
+    Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "p.png")
+    assert one(tmp_path).max() <= 1
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    flat("CMYK", (0, 255, 255, 0)).save(tmp_path / "p.jpg", quality=95)
+    np.testing.assert_allclose(one(tmp_path)[:, 8, 8], (255, 0, 0), atol=6)
+
+
+def test_the_orientation_in_exif_is_applied(tmp_path):
+    """Orientation 6: the camera lay on its side, and the file's left edge is the picture's top."""
+    image = Image.new("RGB", (16, 16), "blue")
+    image.paste("red", (0, 0, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "p.png", exif=exif)
+    pixels = one(tmp_path)
+    assert (pixels[0, :6] > 200).all() and (pixels[2, 10:] > 200).all()
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path):
+    flat("RGB", (255, 0, 0)).save(tmp_path / "p.gif", save_all=True, append_images=[flat("RGB", (0, 0, 255))])
+    np.testing.assert_allclose(one(tmp_path)[:, 8, 8], (255, 0, 0), atol=1)
+
+
+def test_a_single_pixel_becomes_a_whole_picture(tmp_path):
+    flat("RGB", (9, 8, 7), (1, 1)).save(tmp_path / "p.png")
+    assert (one(tmp_path) == np.array([9, 8, 7]).reshape(3, 1, 1)).all()
+
+
+@pytest.mark.parametrize("turn", (False, True))
+def test_the_central_square_is_cut_out(tmp_path, turn):
+    """Red, green and blue thirds side by side: only the middle one is left."""
+    image = Image.new("RGB", (96, 32), (0, 255, 0))
+    image.paste((255, 0, 0), (0, 0, 31, 32))
+    image.paste((0, 0, 255), (65, 0, 96, 32))
+    (image.transpose(Image.Transpose.ROTATE_90) if turn else image).save(tmp_path / "p.png")
+    pixels = one(tmp_path)
+    assert (pixels[1] > 250).all() and (pixels[[0, 2]] < 5).all()
+
+
+def test_pictures_are_resized_with_antialiasing(tmp_path):
+    """A fine chequerboard averages to grey; picking pixels would give black or white."""
+    board = (np.indices((160, 160)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "p.png")
+    np.testing.assert_allclose(one(tmp_path), 127.5, atol=6)
+
+
+def test_a_large_jpeg_is_right_at_a_small_size(tmp_path):
+    y, x = np.mgrid[:400, :400]
+    Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8) // 2).save(tmp_path / "p.jpg", quality=95)
+    ramp = (np.arange(16) + 0.5) * 25 % 256 // 2
+    assert np.abs(one(tmp_path)[0].mean(0)[1:9] - ramp[1:9]).max() < 4
+
+
+def test_28_pixels_are_padded_to_32_with_their_border(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+    Image.fromarray(values).save(tmp_path / "p.png")
+    pixels = one(tmp_path, image_size=28)
+    assert pixels.shape == (1, 32, 32)
+    np.testing.assert_array_equal(pixels[0, 2:-2, 2:-2], values)
+
+
+# ---- bad files
+
+
+def folder_with_bad(root, good, bad):
+    root.mkdir()
+    for i in range(good):
+        flat("L", i).save(root / f"good{i:03d}.png")
+    for i in range(bad):
+        (root / f"bad{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    return root
+
+
+def test_a_few_bad_files_are_listed_and_left_out(tmp_path, capsys):
+    images = load(folder_with_bad(tmp_path / "few", 21, 1))
+    assert len(images.train) == 21 and images.bad == 1
+    assert "bad0.png" in capsys.readouterr().err
+    rows = np.sort(np.concatenate([images.order(0), images.held_out]))
+    assert sorted(images.pixels[rows, 0, 0, 0].tolist()) == list(range(21)), "the bad one is never shown"
+
+
+@pytest.mark.parametrize("good, bad", [(19, 1), (0, 1), (5, 5)])
+def test_five_percent_of_bad_files_are_too_many(tmp_path, good, bad):
+    with pytest.raises(ddpm.UserError, match="5 %"):
+        load(folder_with_bad(tmp_path / "many", good, bad))
+
+
+def test_a_truncated_picture_is_bad_not_half_grey(tmp_path):
+    root = folder_with_bad(tmp_path / "cut", 30, 0)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(root / "whole.png")
+    (root / "cut.png").write_bytes((root / "whole.png").read_bytes()[:6000])
+    assert load(root).bad == 1
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    root = folder_with_bad(tmp_path / "bomb", 30, 0)
+    Image.new("1", (30_000, 30_000)).save(root / "bomb.png")
+    assert load(root).bad == 1
+
+
+# ---- the memory-mapped cache
+
+
+@pytest.fixture
+def to_disk(monkeypatch):
+    monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
+
+
+def test_the_cache_on_disk_holds_what_memory_would(pictures, tmp_path, monkeypatch):
+    plain = load(pictures, download_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir()), "a small set writes nothing"
+    monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
+    cached = [load(pictures, download_dir=str(tmp_path)) for _ in range(2)]
+    for images in cached:
+        assert torch.equal(images.pixels, plain.pixels) and torch.equal(images.labels, plain.labels)
+        for a, b in zip(images.batch(3, 8), plain.batch(3, 8)):
+            assert torch.equal(a, b)
+
+
+def test_the_second_start_decodes_nothing(pictures, tmp_path, to_disk, monkeypatch):
+    load(pictures, download_dir=str(tmp_path))
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("a picture was opened"))
+    assert len(load(pictures, download_dir=str(tmp_path)).train) == 24
+
+
+def test_the_cache_remembers_what_was_bad(tmp_path, to_disk):
+    root = folder_with_bad(tmp_path / "few", 25, 1)
+    assert [load(root).bad for _ in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize("change", ("pixels", "new", "gone", "size", "max_images"))
+def test_whatever_changes_makes_a_new_cache(pictures, tmp_path, to_disk, change):
+    root = tmp_path / "mine"
+    shutil.copytree(pictures, root)
+    before, more, victim = load(root).pixels.clone(), {}, root / "disc" / "0.png"
+    if change == "pixels":
+        flat("RGB", (1, 2, 3), (20, 20)).save(victim)
+        os.utime(victim, ns=(1, 1))
+    elif change == "new":
+        shutil.copy(victim, root / "disc" / "99.png")
+    elif change == "gone":
+        victim.unlink()
+    else:
+        more = {"image_size": 32} if change == "size" else {"max_images": 20}
+    after = load(root, **more).pixels
+    assert after.shape != before.shape or not torch.equal(after, before)
+    fresh = load(root, download_dir=str(tmp_path / "other"), **more).pixels
+    assert torch.equal(after, fresh)
+
+
+def test_the_pictures_in_a_cache_file_cannot_be_written_to_by_accident(pictures, tmp_path, to_disk):
+    images = load(pictures, download_dir=str(tmp_path))
+    original = images.pixels.clone()
+    images.pixels.zero_()
+    assert torch.equal(load(pictures, download_dir=str(tmp_path)).pixels, original)
+
+
+def decode_in_a_process(path, download_dir, start, results):
+    ddpm.IN_MEMORY = 0
+    start.wait()
+    results.put(ddpm.load_images(config(path, download_dir=download_dir)).pixels.numpy().tobytes())
+
+
+def test_two_starts_at_once_are_both_right(pictures, tmp_path):
+    expected = load(pictures, download_dir=str(tmp_path)).pixels.numpy().tobytes()
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Event(), context.Queue()
+    processes = [context.Process(target=decode_in_a_process, args=(pictures, str(tmp_path / "d"), start, results))
+                 for _ in range(2)]
+    for process in processes:
+        process.start()
+    start.set()
+    assert [results.get(timeout=120) for _ in processes] == [expected] * 2
+    for process in processes:
+        process.join(60)
+    left = [p.name for p in (tmp_path / "d").rglob("*") if p.is_file()]
+    assert len(left) == 2 and not any("tmp" in name for name in left), "no half-written file stays"
+
+
+# ---- batches
+
+
+def test_a_batch_is_a_pure_function_of_step_and_slice(pictures, tmp_path):
+    a, b = (load(pictures, download_dir=str(tmp_path)) for _ in range(2))
+    for step in (5, 0, 11, 5):
+        for x, y in zip(a.batch(step, 4), b.batch(step, 4)):
+            assert torch.equal(x, y)
+        a.batch(step + 3, 4)
+    assert not torch.equal(a.batch(0, 4)[0], a.batch(1, 4)[0])
+
+
+@pytest.mark.parametrize("slices", (2, 3, 6))
+def test_the_slices_of_a_batch_together_are_the_batch(pictures, tmp_path, slices):
+    images = load(pictures, download_dir=str(tmp_path))
+    for step in (0, 2, 5, 9):  # some across the end of an epoch
+        whole = images.batch(step, 18)
+        parts = [images.batch(step, 18, i, slices) for i in range(slices)]
+        for a, b in zip(whole, zip(*parts)):
+            assert torch.equal(a, torch.cat(b))
+
+
+@pytest.mark.parametrize("batch_size", (1, 5, 7, 24, 40))
+def test_an_epoch_shows_each_picture_once_whatever_the_batch(pictures, tmp_path, batch_size):
+    images = load(pictures, download_dir=str(tmp_path))
+    seen = torch.cat([images.batch(step, batch_size)[0] for step in range(96 // batch_size + 1)])[:96]
+    epochs = seen.flatten(1).reshape(4, 24, -1)
+    distinct = [epoch.unique(dim=0) for epoch in epochs]
+    assert all(len(d) == 24 for d in distinct)
+    assert not torch.equal(epochs[0], epochs[1]), "each epoch has an order of its own"
+
+
+def test_labels_go_with_their_pictures(pictures, tmp_path):
+    images = load(pictures, download_dir=str(tmp_path))
+    for step in range(6):
+        for x, label in zip(*images.batch(step, 4)):
+            row = next(i for i in range(24) if torch.equal(ddpm.to_network(images.pixels[i]), x))
+            assert label == row // 8
+
+
+def test_pictures_are_in_the_range_of_the_network(pictures, tmp_path):
+    x, _ = load(pictures, download_dir=str(tmp_path)).batch(0, 24)
+    assert x.dtype == torch.float32 and -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
+
+
+def test_one_picture_is_enough(tmp_path):
+    flat("RGB", "red").save(tmp_path / "p.png")
+    x, y = load(tmp_path).batch(7, 5)
+    assert x.shape == (5, 3, 16, 16) and y.tolist() == [-1] * 5
+
+
+def test_mirroring_is_drawn_for_each_picture_by_torchs_generator(pictures, tmp_path):
+    plain = load(pictures, download_dir=str(tmp_path)).batch(0, 24)[0]
+    images, mirrored = load(pictures, download_dir=str(tmp_path), hflip=True), 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x = images.batch(0, 24)[0]
+        is_plain = (x == plain).flatten(1).all(1)
+        is_mirrored = (x == plain.flip(3)).flatten(1).all(1)
+        assert (is_plain | is_mirrored).all()
+        assert 0 < is_mirrored.sum() < 24, "one coin for the whole batch"
+        mirrored += is_mirrored.float().mean().item() / 20
+        torch.manual_seed(seed)
+        assert torch.equal(images.batch(0, 24)[0], x)
+    assert abs(mirrored - 0.5) < 0.1
+
+
+def test_the_holdout_is_kept_out_and_stays_the_same(pictures, tmp_path):
+    first, again, other = (load(pictures, download_dir=str(tmp_path), holdout=0.25, seed=s) for s in (0, 0, 1))
+    assert len(first.held_out) == 6 and len(first.train) == 18
+    assert not set(first.held_out) & set(first.train) and len({*first.held_out, *first.train}) == 24
+    np.testing.assert_array_equal(first.held_out, again.held_out)
+    assert set(first.held_out) != set(other.held_out)
+    shown = torch.cat([first.batch(s, 6)[0] for s in range(3)])
+    for row in first.held_out:
+        assert not (shown == ddpm.to_network(first.pixels[row])).flatten(1).all(1).any()
+
+
+@pytest.mark.parametrize("holdout", (0.01, 0.9))
+def test_a_holdout_that_leaves_nothing_is_told(tmp_path, holdout):
+    flat("RGB", "red").save(tmp_path / "p.png")
+    with pytest.raises(ddpm.UserError, match="holdout"):
+        load(tmp_path, holdout=holdout)
+
+
+# ---- torchvision's data sets
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without_scipy(name, *args, **kwargs):
+        if name.split(".")[0] == "scipy":
+            raise ImportError("No module named 'scipy'", name="scipy")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr("torchvision.datasets.Flowers102._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.Flowers102.download", lambda self: None)
+    monkeypatch.setattr(builtins, "__import__", without_scipy)
+    for module in [name for name in sys.modules if name.split(".")[0] == "scipy"]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ddpm.UserError, match="pip install scipy"):
+        ddpm.load_images(dataclasses.replace(config("flowers102"), download_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ("cifar10", "fashion_mnist", "mnist", "flowers102"))
+def test_a_blocked_download_says_where_to_put_the_files(tmp_path, monkeypatch, name):
+    def blocked(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", blocked)
+    with pytest.raises(ddpm.UserError, match=re.escape(str(tmp_path))):
+        ddpm.load_images(config(name, download_dir=str(tmp_path)))
+
+
+@pytest.mark.skipif("DDPM_TEST_DATA" not in os.environ, reason="DDPM_TEST_DATA names no folder with FashionMNIST/raw")
+def test_fashion_mnist_is_read_bit_for_bit(tmp_path):
+    import gzip
+
+    raw = Path(os.environ["DDPM_TEST_DATA"], "FashionMNIST", "raw")
+    shutil.copytree(raw, tmp_path / "FashionMNIST" / "raw")
+    images = ddpm.load_images(ddpm.preset("fashion_mnist", download_dir=str(tmp_path), max_images=500))
+    assert images.pixels.shape == (500, 1, 32, 32) and len(images.classes) == 10
+    values = np.frombuffer(gzip.open(raw / "train-images-idx3-ubyte.gz").read()[16:], np.uint8).reshape(-1, 28, 28)
+    labels = np.frombuffer(gzip.open(raw / "train-labels-idx1-ubyte.gz").read()[8:], np.uint8)
+    known = {v.tobytes(): label for v, label in zip(values, labels)}
+    for picture, label in zip(images.pixels[:, 0, 2:-2, 2:-2].numpy(), images.labels.tolist()):
+        assert known[picture.tobytes()] == label
+
+
+def test_importing_the_program_does_nothing_and_needs_no_scipy(tmp_path):
+    code = "import sys, ddpm; assert not {'scipy', 'matplotlib.pyplot', 'diffusers'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0 and result.stdout == result.stderr == "" and not list(tmp_path.iterdir())
