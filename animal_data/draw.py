@@ -427,32 +427,6 @@ def dog_head(pen, a):
         pen.pair([smooth(flaps[c.ears])], dog_ear_colour(c))
 
 
-def dog_profile(pen, a):
-    """A dog's head from the side, looking right."""
-    c = a.coat
-    if c.ears == "pricked":
-        pen.form([smooth("-.5 -.4, -.36 -.95, -.1 -1.36, .12 -.9, .2 -.6")], dark(c.base, 0.15))
-    if a.mouth == "open":
-        pen.form(stroke(".8 .3, .92 .6, .96 .8", 0.3, 0.3, 0.26), TONGUE, shade=0.5)
-    skull = "-.66 .1, -.5 -.6, -.05 -.9, .42 -.66, .68 -.3, 1.2 -.22, 1.42 .02"
-    skull += ", 1.3 .34, .8 .46, .4 .7, -.2 .8, -.6 .6"
-    muzzle = mix(c.dark, c.base, 0.15) if c.pattern == "muzzle" else c.light
-    marks = [([smooth(".74 -.5, 1.6 -.4, 1.6 .5, .5 .9, .1 .5, .6 .1")], muzzle)]
-    if c.pattern == "spots":
-        marks = [([oval(-0.1, -0.6, 0.12), oval(0.3, 0.4, 0.1), oval(0.9, 0.05, 0.08)], c.dark)]
-    pen.form([smooth(skull)], c.base, marks)
-    pen.flat(stroke("1.3 .24, .95 .34, .62 .22", *[0.075 * pen.bold] * 3), INK)
-    pen.form([oval(1.34, -0.1, 0.21, 0.18)], c.nose, shade=0.5)
-    pen.flat([oval(0.46, -0.28, 0.15, 0.18)], INK)
-    pen.flat([oval(0.51, -0.35, 0.06)], WHITE)
-    flaps = {
-        "pricked": "-.6 -.3, -.62 -.9, -.46 -1.42, -.1 -1, .02 -.56",
-        "floppy": "-.3 -.74, .06 -.6, .1 -.1, 0 .6, -.3 .75, -.56 .45, -.58 -.2",
-        "folded": "-.36 -.8, .1 -.7, .16 -.2, .1 .16, -.2 .1, -.5 -.2, -.58 -.5",
-    }
-    pen.form([smooth(flaps[c.ears])], c.base if c.ears == "pricked" else dog_ear_colour(c))
-
-
 def elephant_head(pen, a):
     """An elephant's head from the front: fan ears, trunk and tusks."""
     c, b = a.coat, 0.06 * pen.bold
@@ -483,17 +457,15 @@ class Build:
 
     draw_head: object
     head: float  # size of the head
-    girth: float  # depth of the trunk
     limb: float  # thickness of a leg
-    height: float  # length of a leg
     tail: float  # thickness of the tail
 
 
 BUILDS = {
-    "cat": Build(cat_head, 0.62, 0.66, 0.24, 0.72, 0.17),
-    "dog": Build(dog_head, 0.62, 0.72, 0.26, 0.8, 0.2),
-    "lion": Build(lion_head, 0.58, 0.8, 0.34, 0.74, 0.15),
-    "tiger": Build(tiger_head, 0.66, 0.82, 0.34, 0.7, 0.21),
+    "cat": Build(cat_head, 0.62, 0.24, 0.17),
+    "dog": Build(dog_head, 0.62, 0.26, 0.2),
+    "lion": Build(lion_head, 0.58, 0.34, 0.15),
+    "tiger": Build(tiger_head, 0.66, 0.34, 0.21),
 }
 
 
@@ -516,21 +488,14 @@ def tail(pen, a, path):
         pen.form([oval(*line[-1], 0.2, 0.24)], c.mane)
 
 
-def leg(path, width):
-    """A leg along the path with a paw at its end."""
-    x, y = path[-1]
-    paw = oval(x + width * 0.2, y - width * 0.12, width * 0.72, width * 0.42)
-    return [*stroke(path, width * 1.45, width * 1.05, width), paw]
-
-
-def head(pen, a, x, y, size=1.0, profile=False):
+def head(pen, a, x, y, size=1.0):
     """The head on a body; a dog also gets a collar."""
     build = BUILDS[a.kind]
     if a.kind == "dog":
-        low = y + (0.84 if profile else 0.98) * build.head * size
+        low = y + 0.98 * build.head * size
         collar(pen, a, [(x - 0.36, low - 0.14), (x, low + 0.04), (x + 0.34, low - 0.14)])
-    draw = dog_profile if profile else build.draw_head
-    draw(pen.at(x, y, build.head * size, a.rng.uniform(-7, 7), wide=a.rng.uniform(0.94, 1.06), bold=1.5), a)
+    turn, wide = a.rng.uniform(-7, 7), a.rng.uniform(0.94, 1.06)
+    build.draw_head(pen.at(x, y, build.head * size, turn, wide=wide, bold=1.5), a)
 
 
 def collar(pen, a, path):
@@ -538,41 +503,6 @@ def collar(pen, a, path):
     colour = a.rng.choice([(214, 60, 64), (52, 112, 190), (40, 150, 120), (240, 190, 50), (140, 80, 170)])
     pen.form(stroke(path, 0.17, 0.17, 0.17), colour, shade=0.4)
     pen.form([oval(path[1][0], path[1][1] + 0.14, 0.1)], (250, 214, 90), shade=0.3)
-
-
-def standing(pen, a, walk):
-    """A body from the side, facing right, standing or walking."""
-    b, c = BUILDS[a.kind], a.coat
-    w, h = b.limb, b.height
-    top, low = -h - b.girth, -h + 0.1
-    shadow(pen, 0.05, 1.15)
-    up = f"-.72 {top + 0.28}, -1.02 {top + 0.2}, -1.2 {top - 0.15}, -1.08 {top - 0.6}"
-    down = f"-.72 {top + 0.28}, -1.08 {top + 0.5}, -1.18 {-h + 0.2}, -1.36 {-h + 0.36}"
-    tail(pen, a, up if a.kind == "dog" or a.rng.random() < 0.65 else down)
-    stride = (0.28, -0.24, -0.2, 0.26) if walk else (0.05, 0.06, 0.0, -0.02)
-    far = replace(a, coat=replace(c, base=dark(c.base, 0.22), light=dark(c.light, 0.2)))
-    for x, dx in ((-0.4, stride[1]), (0.38, stride[3])):
-        path = [(x, -h - 0.1), (x + dx * 0.5, -h * 0.5), (x + dx, -0.12)]
-        pen.form(leg(path, w), far.coat.base, limb_marks(far, path, w), shade=0.6)
-    back = points("-.82 .24, -.45 0, .08 .06, .56 -.06") + (0, top)
-    front = [(0.86, top + 0.05), *points(".88 -.36, .6 .02, 0 -.04, -.5 0, -.88 -.3") + (0, low)]
-    legs, marks = [], []
-    if c.pattern not in ("plain", "spots", "siamese"):
-        marks.append(([oval(0, low, 0.48, 0.16)], c.light))
-    marks += body_marks(a, back, (-0.06, b.girth * 0.9), 6)
-    for x, dx in ((-0.58, stride[0]), (0.58, stride[2])):
-        path = [(x, -h - 0.16), (x + dx * 0.5, -h * 0.5), (x + dx, -0.04)]
-        legs += leg(path, w)
-        marks += limb_marks(a, path, w)
-    profile = a.kind == "dog" and a.rng.random() < 0.6
-    y = top - b.head * (0.2 if a.kind == "lion" else 0.44) - 0.12 * profile
-    if profile:
-        neck = [(0.2, top + 0.2), (0.5, y), (1.05, y + 0.1), (0.92, top + 0.6), (0.6, top + 0.5)]
-        legs.append(smooth(neck))
-    pen.form([smooth(np.vstack([back, front])), *legs], c.base, marks)
-    crease = points("-.34 -.34, -.28 -.12, -.38 .08") + (0, low)
-    pen.flat(stroke(crease, 0.02, 0.05, 0.04), dark(c.base, 0.4))
-    head(pen, a, 0.76, y, profile=profile)
 
 
 def sitting(pen, a):
@@ -600,52 +530,6 @@ def sitting(pen, a):
     head(pen, a, 0, -1.6 if a.kind == "lion" else -1.72, 1.26)
 
 
-def perching(pen, a):
-    """A body from the side, sitting upright and facing right."""
-    b, c = BUILDS[a.kind], a.coat
-    w = b.limb
-    shadow(pen, -0.05, 1.05)
-    curl = ("-.6 -.14, -1 -.12, -1.24 -.34, -1.2 -.7", "-.6 -.2, -1.05 -.3, -1.15 -.75, -.98 -1.1")
-    tail(pen, a, a.rng.choice(curl))
-    path = [(0.56, -0.8), (0.6, -0.45), (0.66, -0.1)]
-    pen.form(leg(path, w * 0.9), dark(c.base, 0.2), limb_marks(a, path, w)[:1], shade=0.6)
-    back = "-.84 -.3, -.74 -.75, -.36 -1.2, .02 -1.52"
-    trunk = smooth(back + ", .4 -1.66, .72 -1.3, .66 -.8, .5 -.2, .1 0, -.6 0, -.8 -.08")
-    marks = body_marks(a, back, (0.72, 0.16), 6)
-    if c.pattern not in ("spots", "siamese", "plain"):
-        marks.insert(0, ([smooth(".7 -1.6, .9 -1, .62 -.5, .44 -.9, .46 -1.3")], c.light))
-    path = [(0.36, -0.86), (0.4, -0.5), (0.42, -0.05)]
-    pen.form([trunk, *leg(path, w)], c.base, marks + limb_marks(a, path, w))
-    haunch = smooth("-.78 -.1, -.74 -.5, -.4 -.74, -.02 -.56, .06 -.2, -.06 -.02, -.5 .02")
-    marks = body_marks(a, "-.84 -.12, -.76 -.5, -.46 -.74, -.1 -.66", (0.26, 0.34), 4)
-    marks = marks if c.pattern in ("tiger", "tabby") else []
-    pen.form([haunch, oval(0.04, -0.08, 0.3, 0.13)], c.base, marks, shade=0.8)
-    profile = a.kind == "dog" and a.rng.random() < 0.5
-    head(pen, a, 0.36, -1.74 if a.kind == "lion" else -1.86, 1.1, profile)
-
-
-def lying(pen, a):
-    """A body from the side, lying down with the head up, facing right."""
-    b, c = BUILDS[a.kind], a.coat
-    w, g = b.limb, b.girth + 0.06
-    shadow(pen, 0.1, 1.3)
-    tail(pen, a, "-.7 -.16, -1.05 -.12, -1.22 -.4, -1.1 -.78")
-    far = stroke(".5 -.3, .8 -.2, 1.2 -.16", w * 1.2, w, w * 0.9)
-    pen.form([*far, oval(1.22, -0.15, w * 0.66, w * 0.46)], dark(c.base, 0.2), shade=0.6)
-    back = f"-.84 -.6, -.5 {-g - 0.06}, -.1 {-g}, .34 {-g - 0.14}"
-    front = f", .78 {-g - 0.2}, .9 -.4, .64 -.02, -.3 0, -.8 -.02, -.94 -.3"
-    pen.form([smooth(back + front)], c.base, body_marks(a, back, (-0.04, g * 0.75), 6))
-    haunch = smooth("-.82 -.1, -.74 -.5, -.42 -.62, -.14 -.36, -.16 -.04, -.5 .02")
-    marks = body_marks(a, "-.84 -.3, -.68 -.58, -.34 -.62", (0.12, 0.36), 3)
-    pen.form([haunch, oval(-0.08, -0.08, 0.28, 0.13)], c.base, marks, shade=0.8)
-    marks = [([oval(1.12, -0.1, 0.26, 0.2)], c.foot())]
-    if c.pattern in ("tiger", "tabby"):
-        marks = [(stripes(".5 -.5, .8 -.3, 1.04 -.26", (0.02, w * 0.85), 0.09, 3, a.rng), c.dark)]
-    fore = stroke(".46 -.36, .62 -.12, 1.06 -.1", w * 1.3, w * 1.1, w)
-    pen.form([*fore, oval(1.1, -0.12, w * 0.74, w * 0.5)], c.base, marks)
-    head(pen, a, 0.52, -g - b.head * (0.4 if a.kind == "lion" else 0.62), 1.26)
-
-
 def portrait(pen, a):
     """The head alone, with a bit of neck and shoulders below."""
     c, marks = a.coat, []
@@ -662,42 +546,7 @@ def portrait(pen, a):
     if a.kind == "dog":
         collar(pen, a, [(-0.6, 0.98), (0, 1.25), (0.6, 0.98)])
     draw = elephant_head if a.kind == "elephant" else BUILDS[a.kind].draw_head
-    draw(pen.at(turn=a.rng.uniform(-9, 9), wide=a.rng.uniform(0.92, 1.06)), a)
-
-
-def elephant_side(pen, a, walk):
-    """An elephant from the side, facing right."""
-    c, pen = a.coat, pen.at(wide=0.87)
-    shadow(pen, 0.1, 1.4)
-    stride = (0.18, -0.2, -0.16, 0.22) if walk else (0.0, 0.04, 0.02, 0.02)
-    pen.form(stroke("-1.05 -1.35, -1.3 -1.1, -1.32 -.75", 0.14, 0.1, 0.08), c.base)
-    pen.flat([oval(-1.32, -0.68, 0.1, 0.16)], dark(c.base, 0.7))
-
-    def pillar(x, dx):
-        foot = smooth("-.22 -.4, .21 -.4, .25 -.02, -.24 -.02") + (x + dx, 0)
-        return [*stroke([(x, -0.9), (x + dx * 0.5, -0.5), (x + dx, -0.16)], 0.52, 0.42, 0.42)[:2], foot]
-
-    for x, dx in ((-0.42, stride[1]), (0.36, stride[3])):
-        pen.form(pillar(x, dx), dark(c.base, 0.22), shade=0.6)
-    back = "-1.12 -1.1, -.9 -1.62, -.3 -1.86, .4 -1.78, .9 -1.7, 1 -1, .7 -.62, 0 -.5, -.7 -.58, -1.08 -.8"
-    pen.form([smooth(back), *pillar(-0.78, stride[0]), *pillar(0.66, stride[2])], c.base)
-    for x in (-0.78 + stride[0], 0.66 + stride[2]):
-        pen.flat([oval(x + dx, -0.07, 0.07, 0.065) for dx in (-0.12, 0.03, 0.17)], pale(c.light))
-    path = "1.3 -1.55, 1.6 -1.2, 1.66 -.75, 1.62 -.35, 1.84 -.2"
-    if a.mouth == "open":
-        path = "1.3 -1.5, 1.66 -1.2, 1.98 -1.36, 2.02 -1.8, 1.84 -2.1"
-    skull = smooth(".62 -1.6, .86 -2.05, 1.25 -2.1, 1.56 -1.78, 1.6 -1.35, 1.36 -1, .9 -.98")
-    pen.form([skull, *stroke(path, 0.62, 0.42, 0.3, 0.26, 0.22)], c.base)
-    pen.form(stroke("1.3 -1.06, 1.5 -.86, 1.88 -.8", 0.22, 0.19, 0.08), IVORY, shade=0.5)
-    if a.lids:
-        pen.flat([oval(1.33, -1.62, 0.095, 0.11)], INK)
-        pen.flat([oval(1.36, -1.66, 0.04)], WHITE)
-    else:
-        pen.flat(stroke("1.22 -1.58, 1.33 -1.68, 1.44 -1.58", *[0.07] * 3), INK)
-    ear = smooth("1.02 -1.98, .62 -2.06, .22 -1.8, .16 -1.3, .42 -.84, .74 -.92, 1 -1.3")
-    pen.form([ear], mix(c.base, c.light, 0.4))
-    inner = smooth(".88 -1.8, .6 -1.86, .36 -1.66, .32 -1.3, .5 -1.04, .7 -1.12, .86 -1.4")
-    pen.flat([inner], mix(c.base, c.dark, 0.55), shade=0.5)
+    draw(pen.at(turn=a.rng.uniform(-5, 5), wide=a.rng.uniform(0.95, 1.04)), a)
 
 
 def elephant_front(pen, a):
@@ -789,14 +638,10 @@ def pick_scene(options, start, coat):
 
 # ---------------------------------------------------------------- pictures
 
-POSES = ["head"] * 6 + ["sit"] * 4 + ["perch"] * 3 + ["stand"] * 2 + ["walk"] * 3 + ["lie"] * 2
-ELEPHANT_POSES = ["head"] * 7 + ["front"] * 4 + ["stand"] * 4 + ["walk"] * 5
+POSES = ["head"] * 14 + ["sit"] * 6
+ELEPHANT_POSES = ["head"] * 14 + ["front"] * 6
 LIGHTS = [(1.0, 1.0, 1.0), (1.03, 0.99, 0.94), (0.97, 1.0, 1.03), (1.04, 0.97, 0.95)]
-DRAW = {
-    "head": portrait, "sit": sitting, "perch": perching, "lie": lying, "front": elephant_front,
-    "stand": lambda pen, a: (elephant_side if a.kind == "elephant" else standing)(pen, a, False),
-    "walk": lambda pen, a: (elephant_side if a.kind == "elephant" else standing)(pen, a, True),
-}
+DRAW = {"head": portrait, "sit": sitting, "front": elephant_front}
 
 
 def deal(name, options, index):
@@ -830,7 +675,7 @@ def picture(kind, seed, index):
 
     corners = np.vstack([p for f in pen.forms if not f.free and f.alpha == 1 for p in f.polys])
     low, span = corners.min(0), corners.max(0) - corners.min(0)
-    scale = rng.uniform(0.87, 0.94) / span.max()
+    scale = rng.uniform(0.88, 0.94) / span.max()
     room = 1 - span * scale
     x, y = room[0] * rng.uniform(0.35, 0.65), room[1] * rng.uniform(0.35, 0.65)
     if pose != "head":

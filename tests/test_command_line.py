@@ -148,7 +148,7 @@ def test_no_mode_is_an_error_in_a_line(main, capsys):
 
 def bad_values(name):
     is_float = "float" in str(FIELDS[name].type)
-    unbounded = name in ("max_images",)  # more than there are is all of them
+    unbounded = name in ("max_images", "steps")  # all pictures; as long as you like
     return ["nan", "text", "-1", *([] if unbounded else ["inf" if is_float else str(10**30)])]
 
 
