@@ -77,33 +77,33 @@ class Config:
     download_dir: str = flag("data", "folder for downloads and for the cache of decoded pictures")
     image_size: int = flag(64, "side of the square pictures, in pixels", 8, 1024)
     max_images: int | None = flag(None, "use at most this many pictures, drawn by --seed (default: all)", 1)
-    hflip: bool = flag(True, "mirror half of the training pictures, left to right")
+    hflip: bool = flag(False, "mirror half of the training pictures, left to right")
     holdout: float = flag(0.0, "share of the pictures kept out of training, to measure on", 0, 0.9)
 
     timesteps: int = flag(1000, "number of noise levels T", 10, 100_000, group="diffusion")
     schedule: str = flag("cosine", "how noise grows", choices="linear cosine quadratic exponential sigmoid")
     beta_start: float | None = flag(None, "first beta (default: 1e-4 * 1000 / T)", 1e-8, 0.999)
     beta_end: float | None = flag(None, "last beta (default: 0.02 * 1000 / T)", 1e-8, 0.999)
-    predict: str = flag("v", "what the network predicts", choices="eps x0 v")
+    predict: str = flag("x0", "what the network predicts", choices="eps x0 v")
     loss: str = flag("l2", "distance of the prediction from its target", choices="l2 l1 huber")
     min_snr: float = flag(0.0, "gamma of min-SNR weighting; 5 is usual, 0 is off", 0, 1e6)
 
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
-    channels: int = flag(32, "width of the first stage (unet, simple)", 4, 4096)
+    channels: int = flag(48, "width of the first stage (unet, simple)", 4, 4096)
     channel_mults: tuple[int, ...] = flag((1, 2, 3, 4), "width of each stage, times --channels (unet)", 1, 64)
-    patch: int = flag(1, "side of the squares of pixels that are folded into channels at first (unet)", 1, 16)
+    patch: int = flag(2, "side of the squares of pixels that are folded into channels at first (unet)", 1, 16)
     res_blocks: int = flag(1, "residual blocks a stage going down; one more going up (unet)", 1, 16)
     attention: str = flag("full", "kind, in the stages of --attention_at (unet)", choices="full linear none")
-    attention_at: tuple[int, ...] = flag((8,), "sides in pixels of the stages with attention (unet)", 1, 1024)
+    attention_at: tuple[int, ...] = flag((8, 4), "sides in pixels of the stages with attention (unet)", 1, 1024)
     dropout: float = flag(0.0, "dropout inside residual blocks (unet)", 0, 0.95)
     class_cond: bool = flag(True, "learn the classes, where the data has two or more")
-    label_dropout: float = flag(0.1, "share of training pictures whose label is hidden, for --guidance", 0, 1)
+    label_dropout: float = flag(0.05, "share of training pictures whose label is hidden, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
 
-    steps: int | None = flag(2000, "length of training: optimiser steps,", 1, group="training")
+    steps: int | None = flag(2500, "length of training: optimiser steps,", 1, group="training")
     epochs: float | None = flag(None, "or passes over the pictures,", 1e-6, 1e9)
     minutes: float | None = flag(None, "or minutes by the clock", 1e-3, 1e7)
-    batch_size: int = flag(32, "pictures an optimiser step sees, over all processes and slices", 1, 10**6)
+    batch_size: int = flag(16, "pictures an optimiser step sees, over all processes and slices", 1, 10**6)
     grad_accum: int = flag(1, "slices that a batch is computed in, one by one, to save memory", 1, 10**6)
     lr: float = flag(1e-3, "learning rate after warm-up", 1e-9, 10)
     optimizer: str = flag("adamw", "optimiser", choices="adam adamw")
@@ -150,30 +150,32 @@ FOR_SAMPLING = {*GROUPS["places"], *GROUPS["sampling"], "device", "precision", "
 FOR_RESUMING = {*GROUPS["places"], *GROUPS["sampling"], *GROUPS["running"], *LENGTHS,
                 "device", "compile", "grad_accum", "download_dir"}
 
-FASHION = dict(data_path="fashion_mnist", image_size=28, num_samples=50)
-FLOWERS = dict(data_path="flowers102", max_images=1000, schedule="linear", beta_start=1e-4, beta_end=0.02,
-               predict="eps", loss="l1", class_cond=False, optimizer="adam", batch_size=64,
+FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, patch=1, label_dropout=0.1, num_samples=50)
+FLOWERS = dict(data_path="flowers102", max_images=1000, hflip=True, schedule="linear", beta_start=1e-4,
+               beta_end=0.02, channels=32, patch=1, predict="eps", loss="l1", class_cond=False, optimizer="adam", batch_size=64,
                lr_schedule="constant", warmup_steps=0, num_samples=16)
 PRESETS = {
     "animals": dict(),
-    "fashion_mnist": dict(FASHION, hflip=False, channel_mults=(1, 2, 2), batch_size=128, lr=2e-3, steps=3000),
-    "animals_cnn": dict(arch="simple", schedule="linear", predict="x0", class_cond=False, optimizer="adam",
-                        epochs=600),
-    "cifar10_resnet18": dict(data_path="cifar10", arch="resnet18", timesteps=500, predict="eps", lr=1e-4,
+    "fashion_mnist": dict(FASHION, predict="v", channel_mults=(1, 2, 2), attention_at=(8,), batch_size=128, lr=2e-3,
+                          steps=1500),
+    "animals_cnn": dict(arch="simple", channels=32, schedule="linear", class_cond=False, optimizer="adam",
+                        batch_size=32, epochs=600),
+    "cifar10_resnet18": dict(data_path="cifar10", hflip=True, arch="resnet18", timesteps=500, predict="eps", lr=1e-4,
                              weight_decay=0.01, batch_size=10, epochs=20, warmup_steps=0, class_cond=False,
                              save_every=5000, sample_every=5000),
-    "fashion_mnist_annotated": dict(FASHION, timesteps=200, schedule="linear", beta_start=1e-4, beta_end=0.02,
+    "fashion_mnist_annotated": dict(FASHION, hflip=True, timesteps=200, schedule="linear", beta_start=1e-4, beta_end=0.02,
                                     predict="eps", loss="huber", channels=28, channel_mults=(1, 2, 4),
                                     res_blocks=2, attention="linear", attention_at=(32, 16, 8),
                                     class_cond=False, optimizer="adam", batch_size=128, epochs=5,
                                     lr_schedule="constant", warmup_steps=0),
-    "fashion_mnist_small": dict(FASHION, schedule="linear", predict="eps", hflip=False, channels=16,
+    "fashion_mnist_small": dict(FASHION, schedule="linear", predict="eps", channels=16,
                                 channel_mults=(1, 2, 2), attention="none", class_cond=False, optimizer="adam",
                                 batch_size=128, epochs=5),
     "flowers_simple": dict(FLOWERS, arch="simple", timesteps=600, epochs=25),
     "flowers_attention": dict(FLOWERS, channel_mults=(1, 2, 4, 8), attention="linear", attention_at=(32, 16, 8),
                               timesteps=300, epochs=100),
-    "cifar10": dict(data_path="cifar10", image_size=32, schedule="linear", predict="eps", channels=128,
+    "cifar10": dict(data_path="cifar10", image_size=32, hflip=True, schedule="linear", predict="eps",
+                    channels=128, patch=1,
                     channel_mults=(1, 2, 2, 2), res_blocks=2, attention_at=(16,), dropout=0.1, class_cond=False,
                     optimizer="adam", lr=2e-4, lr_schedule="constant", warmup_steps=5000, ema_decay=0.9999,
                     batch_size=128, steps=800_000, save_every=5000, sample_every=5000, log_every=100,

@@ -18,7 +18,20 @@ import ddpm  # noqa: E402
 
 # The network, batch and length that a test needs no more than. Later flags override earlier ones.
 TINY = """--image_size 16 --channels 8 --channel_mults 1 2 --attention_at 8 --timesteps 50 --batch_size 4
-    --warmup_steps 0 --num_samples 3 --sampling_steps 2 --log_every 1 --precision fp32 --device cpu""".split()
+    --warmup_steps 0 --num_samples 3 --sampling_steps 2 --log_every 1 --precision fp32 --device cpu"""
+
+
+def words(*flags):
+    """Flags as a list of strings: "--steps 2", path -> --steps, 2, path."""
+    return [word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
+
+
+def places(folder, data):
+    """The flags that name the pictures and send all output below a folder."""
+    return [
+        *words("--data_path", data, "--model_path", folder / "model.pt"),
+        *words("--samples_dir", folder / "samples", "--download_dir", folder / "data"),
+    ]
 
 
 def pytest_addoption(parser):
@@ -45,11 +58,14 @@ def pictures(tmp_path_factory):
         (root / name).mkdir()
         for i in range(8):
             a, b, r = rng.uniform(6, 14), rng.uniform(6, 14), rng.uniform(3, 6)
-            inside = {"disc": (x - a) ** 2 + (y - b) ** 2 < r**2,
-                      "square": (abs(x - a) < r) & (abs(y - b) < r),
-                      "stripes": (x * a + y * b) % (8 * r) < 4 * r}[name]
+            inside = {
+                "disc": (x - a) ** 2 + (y - b) ** 2 < r**2,
+                "square": (abs(x - a) < r) & (abs(y - b) < r),
+                "stripes": (x * a + y * b) % (8 * r) < 4 * r,
+            }[name]
             back, front = rng.integers(0, 256, (2, 3))
-            Image.fromarray(np.where(inside[..., None], front, back).astype(np.uint8)).save(root / name / f"{i}.png")
+            pixels = np.where(inside[..., None], front, back).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
     return root
 
 
@@ -59,7 +75,7 @@ def program(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def run(*flags, file=ROOT / "ddpm.py", cwd=tmp_path, launcher=()):
-        command = [sys.executable, *launcher, str(file), *map(str, flags)]
+        command = [sys.executable, *launcher, str(file), *words(*flags)]
         return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
     return run
@@ -67,12 +83,14 @@ def program(tmp_path):
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """main(*flags) runs the command line inside this process, in tmp_path, and returns its exit code."""
+    """main(*flags) runs the command line inside this process, in tmp_path, and returns its exit code.
+
+    Flags may share a string, as in main("--mode train --steps 2"); paths stand alone."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
         try:
-            return ddpm.main([str(f) for f in flags])
+            return ddpm.main(words(*flags))
         except SystemExit as e:
             return e.code
 
@@ -93,10 +111,8 @@ def quick_plots(monkeypatch):
 def trained(pictures, tmp_path_factory):
     """The path of a tiny class-conditional model that has learned for a few steps."""
     folder = tmp_path_factory.mktemp("trained")
-    places = ["--data_path", pictures, "--model_path", folder / "model.pt", "--samples_dir", folder / "samples",
-              "--download_dir", folder / "data"]
-    more = "--steps 40 --lr 1e-2 --ema_decay 0.9 --batch_size 8 --log_every 40".split()
-    assert ddpm.main(["--mode", "train", *TINY, *more, *map(str, places)]) == 0
+    more = "--steps 40 --lr 1e-2 --ema_decay 0.9 --batch_size 8 --log_every 40"
+    assert ddpm.main(words("--mode train", TINY, more, *places(folder, pictures))) == 0
     return folder / "model.pt"
 
 
@@ -111,7 +127,8 @@ def randomise(model, seed=0, scale=0.2):
 
 def tree(folder):
     """The files below a folder, with their contents."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    files = [p for p in sorted(Path(folder).rglob("*")) if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def metrics(folder):

@@ -1,7 +1,6 @@
 """The command line: every flag and choice, bad values, sampling and its files, and the program by itself."""
 
 import dataclasses
-import difflib
 import re
 import shutil
 from pathlib import Path
@@ -18,22 +17,29 @@ FIELDS = {f.name: f for f in dataclasses.fields(ddpm.Config)}
 NUMERIC = [name for name, f in FIELDS.items() if re.search(r"int|float", str(f.type))]
 SAMPLING = ("num_samples", "sample_batch_size", "sampling_steps", "eta", "guidance", "seed")
 CHOICES = {
-    "preset": list(ddpm.PRESETS), "schedule": ["linear", "cosine", "quadratic", "exponential", "sigmoid"],
-    "predict": ["eps", "x0", "v"], "loss": ["l2", "l1", "huber"], "arch": ["unet", "simple", "resnet18"],
-    "attention": ["full", "linear", "none"], "optimizer": ["adam", "adamw"], "lr_schedule": ["constant", "cosine"],
-    "precision": ["auto", "fp32", "bf16"], "device": ["auto", "cpu"], "sampler": ["ddpm", "ddim", "dpm++"],
+    "preset": list(ddpm.PRESETS),
+    "schedule": ["linear", "cosine", "quadratic", "exponential", "sigmoid"],
+    "predict": ["eps", "x0", "v"],
+    "loss": ["l2", "l1", "huber"],
+    "arch": ["unet", "simple", "resnet18"],
+    "attention": ["full", "linear", "none"],
+    "optimizer": ["adam", "adamw"],
+    "lr_schedule": ["constant", "cosine"],
+    "precision": ["auto", "fp32", "bf16"],
+    "device": ["auto", "cpu"],
+    "sampler": ["ddpm", "ddim", "dpm++"],
 }
 
 
 @pytest.fixture
 def train(main, pictures, quick_plots):
-    return lambda *flags: main("--mode", "train", *TINY, "--steps", "1", "--data_path", pictures, *flags)
+    return lambda *flags: main("--mode train", TINY, "--steps 1 --data_path", pictures, *flags)
 
 
 @pytest.fixture
 def sample(main, trained, quick_plots):
-    return lambda *flags: main("--mode", "sample", "--model_path", trained, "--num_samples", "3", "--sampling_steps", "2",
-                               "--precision", "fp32", "--device", "cpu", *flags)
+    more = "--num_samples 3 --sampling_steps 2 --precision fp32 --device cpu"
+    return lambda *flags: main("--mode sample --model_path", trained, more, *flags)
 
 
 def said_once(capsys, what=""):
@@ -47,20 +53,22 @@ def said_once(capsys, what=""):
 
 
 def test_the_choices_tested_here_are_those_of_the_program(main, capsys):
-    assert main("--mode", "train", "--help") == 0
-    offered = {name: choices.split(",") for name, choices in
-               re.findall(r"--(\w+) \{([^}]*)\}", re.sub(r"\s+", "", capsys.readouterr().out.split("options:")[1])
-                          .replace("{", " {"))}
-    offered.pop("mode", None)
-    assert {name: set(values) for name, values in offered.items()} == {
-        name: set(values) | ({"fp16"} if name == "precision" else {"cuda", "mps"} if name == "device" else set())
-        for name, values in CHOICES.items()}
+    here_or_not = {"precision": {"fp16"}, "device": {"cuda", "mps"}}
+    for name, values in CHOICES.items():
+        assert main("--mode train", f"--{name}", "wavy") == 2
+        offered = re.search(r"choose from ([^)]*)", said_once(capsys))[1]
+        assert set(re.findall(r"[\w+]+", offered)) == set(values) | here_or_not.get(name, set())
+    assert main("--help") == 0
+    offering = re.findall(r"--(\w+)\s+\{", capsys.readouterr().out.split("options:")[1])
+    assert sorted(offering) == sorted(["mode", *CHOICES])
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in CHOICES.items() for value in values])
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in CHOICES.items() for value in values]
+)
 def test_every_choice_trains_and_draws(train, tmp_path, name, value):
-    more = ["--image_size", "32", "--attention_at", "16"] if "resnet18" in value else []
-    assert train(f"--{name}", value, *more) == 0
+    more = "--image_size 32 --attention_at 16" if "resnet18" in value else ""
+    assert train(f"--{name}", value, more) == 0
     assert (tmp_path / "samples" / "dataset_grid.png").exists()
     _, _, config = ddpm.load_model(tmp_path / "saved_models" / "denoise_model.pt")
     assert getattr(config, name) == value
@@ -69,7 +77,9 @@ def test_every_choice_trains_and_draws(train, tmp_path, name, value):
 
 @pytest.mark.parametrize("name, value", [("precision", "fp16"), ("device", "cuda"), ("device", "mps")])
 def test_what_this_machine_lacks_is_told_or_works(train, capsys, name, value):
-    there = {"fp16": False, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[value]
+    there = {"fp16": False, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[
+        value
+    ]
     code = train(f"--{name}", value)
     assert code == 0 if there else code == 1 and value in said_once(capsys)
 
@@ -82,23 +92,113 @@ def test_every_preset_is_free_of_contradictions(name, tmp_path):
         ddpm.train(config)
 
 
-@pytest.mark.parametrize("name, settings", [
-    ("animals_cnn", dict(image_size=64, timesteps=1000, schedule="linear", arch="simple", predict="x0", batch_size=32,
-                         optimizer="adam", loss="l2")),
-    ("cifar10_resnet18", dict(image_size=64, timesteps=500, schedule="cosine", arch="resnet18", predict="eps",
-                              optimizer="adamw", lr=1e-4, lr_schedule="cosine", batch_size=10, epochs=20, steps=None)),
-    ("fashion_mnist_annotated", dict(image_size=28, timesteps=200, schedule="linear", beta_start=1e-4, beta_end=0.02,
-                                     channels=28, channel_mults=(1, 2, 4), attention="linear", predict="eps",
-                                     loss="huber", optimizer="adam", lr=1e-3, batch_size=128, epochs=5, hflip=True)),
-    ("fashion_mnist_small", dict(image_size=28, timesteps=1000, schedule="linear", predict="eps", loss="l2", epochs=5)),
-    ("flowers_simple", dict(max_images=1000, image_size=64, timesteps=600, arch="simple", loss="l1", predict="eps",
-                            beta_start=1e-4, beta_end=0.02, lr=1e-3, batch_size=64, epochs=25, channels=32)),
-    ("flowers_attention", dict(max_images=1000, timesteps=300, attention="linear", loss="l1", optimizer="adam",
-                               arch="unet", lr=1e-3, batch_size=64)),
-    ("cifar10", dict(image_size=32, timesteps=1000, schedule="linear", channels=128, channel_mults=(1, 2, 2, 2),
-                     attention_at=(16,), dropout=0.1, lr=2e-4, warmup_steps=5000, grad_clip=1.0, ema_decay=0.9999,
-                     batch_size=128, optimizer="adam", predict="eps")),
-])
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        (
+            "animals_cnn",
+            dict(
+                image_size=64,
+                timesteps=1000,
+                schedule="linear",
+                arch="simple",
+                predict="x0",
+                batch_size=32,
+                optimizer="adam",
+                loss="l2",
+            ),
+        ),
+        (
+            "cifar10_resnet18",
+            dict(
+                image_size=64,
+                timesteps=500,
+                schedule="cosine",
+                arch="resnet18",
+                predict="eps",
+                optimizer="adamw",
+                lr=1e-4,
+                lr_schedule="cosine",
+                batch_size=10,
+                epochs=20,
+                steps=None,
+            ),
+        ),
+        (
+            "fashion_mnist_annotated",
+            dict(
+                image_size=28,
+                timesteps=200,
+                schedule="linear",
+                beta_start=1e-4,
+                beta_end=0.02,
+                channels=28,
+                channel_mults=(1, 2, 4),
+                attention="linear",
+                predict="eps",
+                loss="huber",
+                optimizer="adam",
+                lr=1e-3,
+                batch_size=128,
+                epochs=5,
+                hflip=True,
+            ),
+        ),
+        (
+            "fashion_mnist_small",
+            dict(image_size=28, timesteps=1000, schedule="linear", predict="eps", loss="l2", epochs=5),
+        ),
+        (
+            "flowers_simple",
+            dict(
+                max_images=1000,
+                image_size=64,
+                timesteps=600,
+                arch="simple",
+                loss="l1",
+                predict="eps",
+                beta_start=1e-4,
+                beta_end=0.02,
+                lr=1e-3,
+                batch_size=64,
+                epochs=25,
+                channels=32,
+            ),
+        ),
+        (
+            "flowers_attention",
+            dict(
+                max_images=1000,
+                timesteps=300,
+                attention="linear",
+                loss="l1",
+                optimizer="adam",
+                arch="unet",
+                lr=1e-3,
+                batch_size=64,
+            ),
+        ),
+        (
+            "cifar10",
+            dict(
+                image_size=32,
+                timesteps=1000,
+                schedule="linear",
+                channels=128,
+                channel_mults=(1, 2, 2, 2),
+                attention_at=(16,),
+                dropout=0.1,
+                lr=2e-4,
+                warmup_steps=5000,
+                grad_clip=1.0,
+                ema_decay=0.9999,
+                batch_size=128,
+                optimizer="adam",
+                predict="eps",
+            ),
+        ),
+    ],
+)
 def test_presets_have_the_published_settings(name, settings):
     """The table of recipes in the README, and the papers' and tutorials' own code."""
     config = ddpm.preset(name)
@@ -115,9 +215,14 @@ def test_a_preset_is_overridden_by_flags_and_a_length_replaces_the_other():
 
 
 def test_dashes_and_underscores_are_alike_and_lists_take_commas(train, tmp_path):
-    assert train("--batch-size", "2", "--no-hflip", "--channel-mults", "1,2,2", "--attention_at=8", "--ema-decay=0.5") == 0
+    assert train("--batch-size 2 --no-hflip --channel-mults 1,2,2 --attention_at=8 --ema-decay=0.5") == 0
     _, _, config = ddpm.load_model(tmp_path / "saved_models" / "denoise_model.pt")
-    assert (config.batch_size, config.hflip, config.channel_mults, config.ema_decay) == (2, False, (1, 2, 2), 0.5)
+    assert (config.batch_size, config.hflip, config.channel_mults, config.ema_decay) == (
+        2,
+        False,
+        (1, 2, 2),
+        0.5,
+    )
 
 
 def test_help_lists_every_group_and_setting(main, capsys):
@@ -131,11 +236,14 @@ def test_help_lists_every_group_and_setting(main, capsys):
             assert f"(default: {f.default})" in re.sub(r"\s+", " ", out), name
 
 
-@pytest.mark.parametrize("typo, meant", [("--batchsize", "--batch_size"), ("--learning-rate", ""), ("--chanels", "--channels")])
+@pytest.mark.parametrize(
+    "typo, meant", [("--batchsize", "--batch_size"), ("--learning-rate", ""), ("--chanels", "--channels")]
+)
 def test_an_unknown_flag_suggests_the_nearest(main, tmp_path, capsys, typo, meant):
-    assert main("--mode", "train", typo, "3") == 2
-    assert (f"did you mean {meant}" if meant else "--learning_rate") in said_once(capsys)
-    assert not tree(tmp_path) and (not meant or difflib.SequenceMatcher(None, typo, meant).ratio() > 0.8)
+    assert main("--mode train", typo, "3") == 2
+    assert (f"did you mean {meant}?" if meant else "--learning_rate") in said_once(capsys) and not tree(
+        tmp_path
+    )
 
 
 def test_no_mode_is_an_error_in_a_line(main, capsys):
@@ -154,8 +262,8 @@ def bad_values(name):
 
 @pytest.mark.parametrize("name, value", [(name, value) for name in NUMERIC for value in bad_values(name)])
 def test_a_bad_number_is_an_error_in_one_line(main, pictures, tmp_path, capsys, name, value):
-    length = [] if name in ("steps", "epochs", "minutes") else ["--steps", "1"]
-    assert main("--mode", "train", *TINY, *length, "--data_path", pictures, f"--{name}", value) in (1, 2)
+    length = "" if name in ("steps", "epochs", "minutes") else "--steps 1"
+    assert main("--mode train", TINY, length, "--data_path", pictures, f"--{name}", value) in (1, 2)
     assert name in said_once(capsys)
     assert not tree(tmp_path)
 
@@ -166,25 +274,34 @@ def test_a_bad_number_for_sampling_is_an_error_in_one_line(sample, tmp_path, cap
     assert name in said_once(capsys) and not tree(tmp_path)
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--image_size", "100", "--channel_mults", "1", "2", "2", "2"], "100 must be divisible by 8: use 96 or 104"),
-    (["--image_size", "20", "--arch", "simple"], "use 16 or 32"),
-    (["--attention_at", "5"], "the stages have sides 16 8"), (["--channels", "7"], "even"),
-    (["--channel_mults", "1", "x"], "channel_mults"), (["--schedule", "wavy"], "wavy"),
-    (["--schedule", "cosine", "--beta_end", "0.1"], "cosine"), (["--sampling_steps", "51"], "--timesteps 50"),
-    (["--schedule", "linear", "--beta_start", "0.1", "--beta_end", "0.01"], "beta_start"),
-    (["--resume", "a.pt", "--init_from", "b.pt"], "a.pt"), (["--batch_size", "5", "--grad_accum", "2"], "multiple of 2"),
-    (["--init_from", "gone.pt"], "gone.pt"), (["--data_path", "gone"], "gone"), (["--timesteps", "9"], "timesteps"),
-    (["--steps", "3", "--epochs", "1"], "--epochs"), (["--label_dropout", "1.5"], "label_dropout"),
-])
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--image_size 100 --channel_mults 1 2 2 2", "100 must be divisible by 8: use 96 or 104"),
+        ("--image_size 20 --arch simple", "use 16 or 32"),
+        ("--attention_at 5", "the stages have sides 16 8"),
+        ("--channels 7", "even"),
+        ("--channel_mults 1 x", "channel_mults"),
+        ("--schedule cosine --beta_end 0.1", "cosine"),
+        ("--schedule linear --beta_start 0.1 --beta_end 0.01", "beta_start"),
+        ("--sampling_steps 51", "--timesteps 50"),
+        ("--resume a.pt --init_from b.pt", "a.pt"),
+        ("--batch_size 5 --grad_accum 2", "multiple of 2"),
+        ("--init_from gone.pt", "gone.pt"),
+        ("--data_path gone", "gone"),
+        ("--timesteps 9", "timesteps"),
+        ("--steps 3 --epochs 1", "--epochs"),
+        ("--label_dropout 1.5", "label_dropout"),
+    ],
+)
 def test_a_contradiction_is_an_error_in_one_line(train, tmp_path, capsys, flags, said):
-    assert train(*flags) in (1, 2)
+    assert train(flags) in (1, 2)
     assert said in said_once(capsys) and not tree(tmp_path)
 
 
 def test_a_place_that_cannot_be_written_is_an_error_in_one_line(train, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    assert train("--samples_dir", "file/samples") == 1
+    assert train("--samples_dir file/samples") == 1
     assert "error:" in capsys.readouterr().err and (tmp_path / "file").read_text() == "in the way"
 
 
@@ -196,10 +313,14 @@ def grid_of(path):
 
 
 def test_a_sample_writes_the_grid_the_way_there_and_their_story(sample, trained, tmp_path, capsys):
-    assert sample("--num_samples", "6", "--seed", "11", "--sampler", "ddim", "--individual", "each", "--gif") == 0
+    assert sample("--num_samples 6 --seed 11 --sampler ddim --individual each --gif") == 0
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert files == {"samples/generated_sample.png", "samples/denoising_steps.png", "samples/denoising.gif",
-                     *(f"each/{i:05d}.png" for i in range(6))}
+    assert files == {
+        "samples/generated_sample.png",
+        "samples/denoising_steps.png",
+        "samples/denoising.gif",
+        *(f"each/{i:05d}.png" for i in range(6)),
+    }
     out = capsys.readouterr().out
     assert all(str(tmp_path / file) in out for file in files) and "EMA" in out
     for file in ("samples/generated_sample.png", "each/00003.png"):
@@ -213,20 +334,30 @@ def test_a_sample_writes_the_grid_the_way_there_and_their_story(sample, trained,
 
 
 def test_denoising_steps_is_a_real_picture(main, trained, tmp_path):
-    assert main("--mode", "sample", "--model_path", trained, "--num_samples", "2", "--sampling_steps", "3") == 0
+    assert main("--mode sample --model_path", trained, "--num_samples 2 --sampling_steps 3") == 0
     picture = Image.open(tmp_path / "samples" / "denoising_steps.png")
     assert min(picture.size) > 50 and picture.text["ddpm:steps"] == "3"
 
 
 def draw(trained, tmp_path, **more):
-    settings = dict(model_path=str(trained), samples_dir=str(tmp_path), num_samples=5, sampling_steps=3, device="cpu",
-                    sampler="ddim", seed=0, precision="fp32")
+    settings = dict(
+        model_path=str(trained),
+        samples_dir=str(tmp_path),
+        num_samples=5,
+        sampling_steps=3,
+        device="cpu",
+        sampler="ddim",
+        seed=0,
+        precision="fp32",
+    )
     return ddpm.sample(ddpm.preset("animals", **settings | more)).int()
 
 
 @pytest.mark.parametrize("precision", ("fp32", "auto", "bf16"))
 @pytest.mark.parametrize("sampler", ("ddpm", "ddim", "dpm++"))
-def test_a_seed_gives_the_same_pictures_whatever_the_batch(trained, tmp_path, quick_plots, sampler, precision):
+def test_a_seed_gives_the_same_pictures_whatever_the_batch(
+    trained, tmp_path, quick_plots, sampler, precision
+):
     more = dict(sampler=sampler, precision=precision, eta=0.5, guidance=1.5)
     one, two, all_at_once = (draw(trained, tmp_path, sample_batch_size=n, **more) for n in (1, 2, 64))
     assert one.shape == (5, 3, 16, 16)
@@ -273,37 +404,51 @@ def test_guidance_changes_the_pictures(decided, tmp_path, quick_plots):
 
 
 def test_an_unknown_class_is_an_error_naming_the_known(sample, tmp_path, capsys):
-    assert sample("--classes", "disc,unicorn") == 1
+    assert sample("--classes disc,unicorn") == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error:") and "unicorn" in line and "disc, square, stripes" in line and not tree(tmp_path)
+    assert (
+        line.startswith("error:")
+        and "unicorn" in line
+        and "disc, square, stripes" in line
+        and not tree(tmp_path)
+    )
 
 
-@pytest.mark.parametrize("flags", (["--guidance", "3"], ["--classes", "disc"]))
+@pytest.mark.parametrize("flags", ("--guidance 3", "--classes disc"))
 def test_a_model_without_classes_is_told(train, main, tmp_path, capsys, flags):
     assert train("--no_class_cond") == 0
     capsys.readouterr()
-    assert main("--mode", "sample", "--num_samples", "1", "--sampling_steps", "2", *flags) == 1
+    assert main("--mode sample --num_samples 1 --sampling_steps 2", flags) == 1
     assert "without classes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag, value, was", [("--channels", "16", "8"), ("--image_size", "32", "16"),
-                                              ("--predict", "eps", "v"), ("--timesteps", "100", "50")])
-def test_a_flag_that_contradicts_the_checkpoint_is_an_error_naming_both(sample, tmp_path, capsys, flag, value, was):
+@pytest.mark.parametrize(
+    "flag, value, was",
+    [
+        ("--channels", "16", "8"),
+        ("--image_size", "32", "16"),
+        ("--predict", "eps", "v"),
+        ("--timesteps", "100", "50"),
+    ],
+)
+def test_a_flag_that_contradicts_the_checkpoint_is_an_error_naming_both(
+    sample, tmp_path, capsys, flag, value, was
+):
     assert sample(flag, value) == 1
     assert re.search(rf"{flag} {value} .*\b{was}\b", said_once(capsys)) and not tree(tmp_path)
 
 
 def test_a_model_flag_that_agrees_with_the_checkpoint_is_no_error(sample):
-    assert sample("--channels", "8") == 0
+    assert sample("--channels 8") == 0
 
 
 def test_more_sampling_steps_than_timesteps_is_an_error(sample, tmp_path, capsys):
-    assert sample("--sampling_steps", "51") == 1
+    assert sample("--sampling_steps 51") == 1
     assert "50" in said_once(capsys) and not tree(tmp_path)
 
 
 def test_a_missing_model_is_an_error(main, tmp_path, capsys):
-    assert main("--mode", "sample", "--model_path", "gone.pt") == 1
+    assert main("--mode sample --model_path gone.pt") == 1
     assert "gone.pt" in said_once(capsys) and not tree(tmp_path)
 
 
@@ -311,9 +456,8 @@ def test_pictures_of_28_pixels_come_back_with_28(main, tmp_path, quick_plots):
     (tmp_path / "grey").mkdir()
     for i in range(4):
         Image.new("L", (28, 28), 60 * i).save(tmp_path / "grey" / f"{i}.png")
-    more = ["--image_size", "28", "--attention_at", "16", "--steps", "1", "--data_path", "grey"]
-    assert main("--mode", "train", *TINY, *more) == 0
-    assert main("--mode", "sample", "--num_samples", "2", "--sampling_steps", "2", "--individual", "each") == 0
+    assert main("--mode train", TINY, "--image_size 28 --attention_at 16 --steps 1 --data_path grey") == 0
+    assert main("--mode sample --num_samples 2 --sampling_steps 2 --individual each") == 0
     assert Image.open(tmp_path / "each" / "00000.png").size == (28, 28)
     assert Image.open(tmp_path / "each" / "00000.png").mode == "L"
 
@@ -321,8 +465,10 @@ def test_pictures_of_28_pixels_come_back_with_28(main, tmp_path, quick_plots):
 def test_the_shipped_model_draws_until_there_is_another(main, tmp_path, capsys, quick_plots):
     if not (ROOT / "saved_models" / "animals.pt").exists():
         pytest.skip("saved_models/animals.pt is not there yet")
-    assert main("--mode", "sample", "--num_samples", "2", "--sampling_steps", "1") == 0
-    assert "animals.pt" in capsys.readouterr().out and (tmp_path / "samples" / "generated_sample.png").exists()
+    assert main("--mode sample --num_samples 2 --sampling_steps 1") == 0
+    assert (
+        "animals.pt" in capsys.readouterr().out and (tmp_path / "samples" / "generated_sample.png").exists()
+    )
     assert (ROOT / "saved_models" / "animals.pt").stat().st_size < 10e6
 
 
@@ -331,9 +477,9 @@ def test_the_shipped_model_draws_until_there_is_another(main, tmp_path, capsys, 
 
 def test_the_file_alone_in_an_empty_folder_trains_and_samples(program, pictures, tmp_path):
     shutil.copy(ROOT / "ddpm.py", tmp_path)
-    result = program("--mode", "train", *TINY, "--steps", "2", "--data_path", pictures, file="ddpm.py")
+    result = program("--mode train", TINY, "--steps 2 --data_path", pictures, file="ddpm.py")
     assert result.returncode == 0, result.stderr
-    result = program("--mode", "sample", "--num_samples", "3", "--sampling_steps", "2", file="ddpm.py")
+    result = program("--mode sample --num_samples 3 --sampling_steps 2", file="ddpm.py")
     assert result.returncode == 0, result.stderr
     written = [line.strip() for line in result.stdout.split("Wrote:")[1].splitlines() if line.strip()]
     assert len(written) == 2 and all(Path(p).is_absolute() and Path(p).exists() for p in written)
@@ -341,7 +487,7 @@ def test_the_file_alone_in_an_empty_folder_trains_and_samples(program, pictures,
 
 
 def test_a_mistake_in_the_real_program_exits_with_its_code_and_no_traceback(program, tmp_path):
-    result = program("--mode", "train", "--data_path", "nowhere")
+    result = program("--mode train --data_path nowhere")
     assert result.returncode == 1 and result.stderr.startswith("error: No folder nowhere")
     assert "Traceback" not in result.stderr and not tree(tmp_path)
 

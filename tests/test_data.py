@@ -87,7 +87,9 @@ def test_no_folder_is_told(tmp_path):
 def test_a_folder_without_pictures_is_told_with_what_it_holds(tmp_path):
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text("")
-    with pytest.raises(ddpm.UserError, match=r"No pictures in .*: saw 12 files \(\.txt 12\); accepted \.png \.jpg"):
+    with pytest.raises(
+        ddpm.UserError, match=r"No pictures in .*: saw 12 files \(\.txt 12\); accepted \.png \.jpg"
+    ):
         load(tmp_path)
 
 
@@ -118,7 +120,9 @@ def test_max_images_draws_a_fixed_choice_by_the_seed(pictures, tmp_path):
 @pytest.mark.parametrize("suffix", ("png", "bmp", "tiff", "gif", "webp", "jpg"))
 def test_a_picture_keeps_its_colours_in_every_format(tmp_path, suffix):
     colours = (200, 40, 90)
-    flat("RGB", colours).save(tmp_path / f"p.{suffix}", **({"quality": 95} if suffix in ("jpg", "webp") else {}))
+    flat("RGB", colours).save(
+        tmp_path / f"p.{suffix}", **({"quality": 95} if suffix in ("jpg", "webp") else {})
+    )
     pixels = one(tmp_path)
     assert pixels.dtype == np.uint8 and pixels.shape == (3, 16, 16)
     np.testing.assert_allclose(pixels.transpose(1, 2, 0).reshape(-1, 3), [colours] * 256, atol=4)
@@ -133,10 +137,16 @@ def test_one_picture_in_colour_makes_all_of_them_colour(tmp_path):
     flat("L", 77).save(tmp_path / "a.png")
     flat("RGB", (1, 2, 3)).save(tmp_path / "b.png")
     pixels = load(tmp_path).pixels
-    assert pixels.shape == (2, 3, 16, 16) and (pixels[0] == 77).all() and pixels[1, :, 0, 0].tolist() == [1, 2, 3]
+    assert (
+        pixels.shape == (2, 3, 16, 16)
+        and (pixels[0] == 77).all()
+        and pixels[1, :, 0, 0].tolist() == [1, 2, 3]
+    )
 
 
-@pytest.mark.parametrize("alpha, expected", [(0, (255, 255, 255)), (255, (200, 0, 100)), (51, (244, 204, 224))])
+@pytest.mark.parametrize(
+    "alpha, expected", [(0, (255, 255, 255)), (255, (200, 0, 100)), (51, (244, 204, 224))]
+)
 def test_alpha_is_laid_over_white(tmp_path, alpha, expected):
     """alpha a/255 over white: c a/255 + 255 (1 - a/255)."""
     flat("RGBA", (200, 0, 100, alpha)).save(tmp_path / "p.png")
@@ -347,8 +357,10 @@ def test_two_starts_at_once_are_both_right(pictures, tmp_path):
     expected = load(pictures, download_dir=str(tmp_path)).pixels.numpy().tobytes()
     context = multiprocessing.get_context("spawn")
     start, results = context.Event(), context.Queue()
-    processes = [context.Process(target=decode_in_a_process, args=(pictures, str(tmp_path / "d"), start, results))
-                 for _ in range(2)]
+    processes = [
+        context.Process(target=decode_in_a_process, args=(pictures, str(tmp_path / "d"), start, results))
+        for _ in range(2)
+    ]
     for process in processes:
         process.start()
     start.set()
@@ -427,7 +439,9 @@ def test_mirroring_is_drawn_for_each_picture_by_torchs_generator(pictures, tmp_p
 
 
 def test_the_holdout_is_kept_out_and_stays_the_same(pictures, tmp_path):
-    first, again, other = (load(pictures, download_dir=str(tmp_path), holdout=0.25, seed=s) for s in (0, 0, 1))
+    first, again, other = (
+        load(pictures, download_dir=str(tmp_path), holdout=0.25, seed=s) for s in (0, 0, 1)
+    )
     assert len(first.held_out) == 6 and len(first.train) == 18
     assert not set(first.held_out) & set(first.train) and len({*first.held_out, *first.train}) == 24
     np.testing.assert_array_equal(first.held_out, again.held_out)
@@ -474,7 +488,9 @@ def test_a_blocked_download_says_where_to_put_the_files(tmp_path, monkeypatch, n
         ddpm.load_images(config(name, download_dir=str(tmp_path)))
 
 
-@pytest.mark.skipif("DDPM_TEST_DATA" not in os.environ, reason="DDPM_TEST_DATA names no folder with FashionMNIST/raw")
+@pytest.mark.skipif(
+    "DDPM_TEST_DATA" not in os.environ, reason="DDPM_TEST_DATA names no folder with FashionMNIST/raw"
+)
 def test_fashion_mnist_is_read_bit_for_bit(tmp_path):
     import gzip
 
@@ -482,7 +498,9 @@ def test_fashion_mnist_is_read_bit_for_bit(tmp_path):
     shutil.copytree(raw, tmp_path / "FashionMNIST" / "raw")
     images = ddpm.load_images(ddpm.preset("fashion_mnist", download_dir=str(tmp_path), max_images=500))
     assert images.pixels.shape == (500, 1, 32, 32) and len(images.classes) == 10
-    values = np.frombuffer(gzip.open(raw / "train-images-idx3-ubyte.gz").read()[16:], np.uint8).reshape(-1, 28, 28)
+    values = np.frombuffer(gzip.open(raw / "train-images-idx3-ubyte.gz").read()[16:], np.uint8).reshape(
+        -1, 28, 28
+    )
     labels = np.frombuffer(gzip.open(raw / "train-labels-idx1-ubyte.gz").read()[8:], np.uint8)
     known = {v.tobytes(): label for v, label in zip(values, labels)}
     for picture, label in zip(images.pixels[:, 0, 2:-2, 2:-2].numpy(), images.labels.tolist()):
@@ -491,6 +509,11 @@ def test_fashion_mnist_is_read_bit_for_bit(tmp_path):
 
 def test_importing_the_program_does_nothing_and_needs_no_scipy(tmp_path):
     code = "import sys, ddpm; assert not {'scipy', 'matplotlib.pyplot', 'diffusers'} & set(sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert result.returncode == 0 and result.stdout == result.stderr == "" and not list(tmp_path.iterdir())

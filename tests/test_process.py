@@ -57,13 +57,18 @@ def test_given_betas_are_taken_literally():
 
 def test_the_middle_of_each_ramp():
     """With an odd T the middle is half way: of the values, of their roots, of their logarithms."""
-    middle = {kind: ddpm.make_betas(kind, 1001, 0.0004, 0.01)[500].item() for kind in SCHEDULES if kind != "cosine"}
-    assert middle == pytest.approx({"linear": 0.0052, "quadratic": ((0.02 + 0.1) / 2) ** 2, "exponential": 0.002,
-                                    "sigmoid": 0.0052}, rel=1e-9)
+    middle = {
+        kind: ddpm.make_betas(kind, 1001, 0.0004, 0.01)[500].item() for kind in SCHEDULES if kind != "cosine"
+    }
+    assert middle == pytest.approx(
+        {"linear": 0.0052, "quadratic": ((0.02 + 0.1) / 2) ** 2, "exponential": 0.002, "sigmoid": 0.0052},
+        rel=1e-9,
+    )
 
 
 def test_cosine_schedule_is_the_closed_form():
     """Nichol & Dhariwal 2021, eq. 17: abar_t = f(t) / f(0), until beta is capped at 0.999."""
+
     def f(t):
         return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
 
@@ -83,7 +88,9 @@ def test_abar_has_one_trailing_one():
     d = make(T=100)
     assert d.abar.dtype == torch.float64 and d.abar.shape == (101,)
     assert d.abar[-1] == 1 and d.abar[99] < d.abar[98]
-    torch.testing.assert_close(d.abar[:-1], torch.cumprod(1 - ddpm.make_betas("linear", 100), 0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        d.abar[:-1], torch.cumprod(1 - ddpm.make_betas("linear", 100), 0), rtol=1e-12, atol=0
+    )
 
 
 # ---- forward process and predictions
@@ -145,7 +152,9 @@ def test_the_loss_shows_the_network_the_noised_picture_its_time_and_its_label():
         return torch.zeros_like(x0)
 
     d.loss(network, x0, t, eps, y)
-    assert torch.equal(seen[0], d.q_sample(x0, t, eps)) and torch.equal(seen[1], t) and torch.equal(seen[2], y)
+    assert (
+        torch.equal(seen[0], d.q_sample(x0, t, eps)) and torch.equal(seen[1], t) and torch.equal(seen[2], y)
+    )
 
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
@@ -222,7 +231,9 @@ def test_all_256_pixel_values_survive_the_round_trip():
     x = ddpm.to_network(pixels)
     assert x.dtype == torch.float32 and x.min() == -1 and x.max() == 1
     assert torch.equal(ddpm.to_pixels(x), pixels)
-    assert torch.equal(ddpm.to_pixels(x + 0.4 / 127.5), pixels), "values are rounded to the nearest, not cut off"
+    assert torch.equal(ddpm.to_pixels(x + 0.4 / 127.5), pixels), (
+        "values are rounded to the nearest, not cut off"
+    )
 
 
 def test_pictures_out_of_range_are_clipped_not_wrapped():

@@ -17,7 +17,9 @@ STEPS = (1, 2, 3, 7, 10, 50, 100)
 
 def walk(name, diffusion, denoise, x, ts, noise=None, **more):
     """All of (t, x, x0) that a sampler yields."""
-    return list(ddpm.SAMPLERS[name](diffusion, denoise, x, ts, noise or (lambda: torch.randn_like(x)), **more))
+    return list(
+        ddpm.SAMPLERS[name](diffusion, denoise, x, ts, noise or (lambda: torch.randn_like(x)), **more)
+    )
 
 
 # ---- closed form: data N(MEAN, STD^2), whose best denoiser is known
@@ -38,6 +40,7 @@ def ideal(diffusion):
 
 def exact(diffusion, x, t, u):
     """Where the probability-flow equation takes x from level t to u: the marginals' quantiles are kept."""
+
     def marginal(v):
         abar = diffusion.abar[v].item()
         return math.sqrt(abar) * MEAN, math.sqrt(abar * STD**2 + 1 - abar)
@@ -76,8 +79,17 @@ def test_order_of_convergence_on_even_steps_in_log_snr(name, least, most):
     assert all(least < order < most for order in found), found
 
 
-@pytest.mark.parametrize("name, steps, eta", [("ddpm", 1000, 1.0), ("ddpm", 250, 1.0), ("ddim", 250, 1.0),
-                                              ("ddim", 250, 0.5), ("ddim", 250, 0.0), ("dpm++", 50, 0.0)])
+@pytest.mark.parametrize(
+    "name, steps, eta",
+    [
+        ("ddpm", 1000, 1.0),
+        ("ddpm", 250, 1.0),
+        ("ddim", 250, 1.0),
+        ("ddim", 250, 0.5),
+        ("ddim", 250, 0.0),
+        ("dpm++", 50, 0.0),
+    ],
+)
 def test_samples_have_the_mean_and_spread_of_the_data(name, steps, eta):
     d = ddpm.Diffusion(ddpm.make_betas("linear", 1000))
     x = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -159,8 +171,15 @@ def compare(name, theirs, diffusion, steps, clip=True, ours=(), **more):
     network = randomise(ddpm.UNet(3, 8, (1, 2), 1, attention_stages=()), scale=0.15).eval()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     our_noise, their_noise = torch.Generator().manual_seed(6), torch.Generator().manual_seed(6)
-    way = walk(name, diffusion, ddpm.make_denoiser(network, diffusion, clip=clip), x,
-               ddpm.spaced_timesteps(diffusion.T, steps), lambda: torch.randn(x.shape, generator=our_noise), **dict(ours))
+    way = walk(
+        name,
+        diffusion,
+        ddpm.make_denoiser(network, diffusion, clip=clip),
+        x,
+        ddpm.spaced_timesteps(diffusion.T, steps),
+        lambda: torch.randn(x.shape, generator=our_noise),
+        **dict(ours),
+    )
     theirs.set_timesteps(steps)
     for t, (our_t, our_x, _) in zip(theirs.timesteps, way, strict=True):
         with torch.no_grad():
@@ -171,8 +190,12 @@ def compare(name, theirs, diffusion, steps, clip=True, ours=(), **more):
 
 def common(predict, kind="linear", T=100):
     betas = ddpm.make_betas(kind, T)
-    config = dict(num_train_timesteps=T, trained_betas=betas.float().numpy(), timestep_spacing="trailing",
-                  prediction_type=PREDICTION_TYPE[predict])
+    config = dict(
+        num_train_timesteps=T,
+        trained_betas=betas.float().numpy(),
+        timestep_spacing="trailing",
+        prediction_type=PREDICTION_TYPE[predict],
+    )
     return ddpm.Diffusion(betas, predict), config
 
 
@@ -188,16 +211,24 @@ def test_ddpm_takes_the_steps_of_diffusers_ddpm(predict, steps, variance):
 @pytest.mark.parametrize("eta", (0.0, 0.7))
 def test_ddim_takes_the_steps_of_diffusers_ddim(predict, steps, eta):
     d, config = common(predict)
-    compare("ddim", diffusers.DDIMScheduler(**config), d, steps, ours={"eta": eta}, eta=eta,
-            use_clipped_model_output=True)
+    compare(
+        "ddim",
+        diffusers.DDIMScheduler(**config),
+        d,
+        steps,
+        ours={"eta": eta},
+        eta=eta,
+        use_clipped_model_output=True,
+    )
 
 
 @pytest.mark.parametrize("predict", PREDICTION_TYPE)
 @pytest.mark.parametrize("steps", (5, 20))
 def test_dpmpp_takes_the_steps_of_diffusers_dpm_solver(predict, steps):
     d, config = common(predict)
-    theirs = diffusers.DPMSolverMultistepScheduler(**config, solver_order=2, algorithm_type="dpmsolver++",
-                                                   final_sigmas_type="zero")
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        **config, solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    )
     compare("dpm++", theirs, d, steps, clip=False)
 
 
@@ -251,8 +282,15 @@ def test_the_last_step_adds_no_noise(name, steps, eta):
         draws.append(1)
         return torch.full_like(x, 1e6 if len(draws) == steps else 0.0)
 
-    _, last, x0 = walk(name, d, lambda x, t: torch.full_like(x, 0.25), x, ddpm.spaced_timesteps(100, steps), noise,
-                       **({"eta": eta} if name == "ddim" else {}))[-1]
+    _, last, x0 = walk(
+        name,
+        d,
+        lambda x, t: torch.full_like(x, 0.25),
+        x,
+        ddpm.spaced_timesteps(100, steps),
+        noise,
+        **({"eta": eta} if name == "ddim" else {}),
+    )[-1]
     assert last.item() == pytest.approx(0.25, abs=1e-9) and x0.item() == 0.25
     assert len(draws) == (0 if name == "dpm++" or name == "ddim" and eta == 0 else steps - 1)
 
@@ -269,8 +307,17 @@ def test_the_clip_is_effective_and_can_be_left_out(predict):
 def test_a_sampler_goes_on_from_the_clipped_picture(name):
     """A denoiser that clips gives what its clipped output would: from x0 = 1 everywhere, the known path to it."""
     d, x = ddpm.Diffusion(ddpm.make_betas("linear", 100), "x0"), torch.full((1, 1, 2, 2), 0.5)
-    ends = [walk(name, d, ddpm.make_denoiser(lambda x, t, y, v=v: torch.full_like(x, v), d), x, [60, 30, 10],
-                 lambda: torch.zeros_like(x))[-1][1] for v in (1.0, 9.0)]
+    ends = [
+        walk(
+            name,
+            d,
+            ddpm.make_denoiser(lambda x, t, y, v=v: torch.full_like(x, v), d),
+            x,
+            [60, 30, 10],
+            lambda: torch.zeros_like(x),
+        )[-1][1]
+        for v in (1.0, 9.0)
+    ]
     assert torch.equal(*ends)
 
 
@@ -284,7 +331,11 @@ def labelled(x, t, y):
 
 def test_guidance_is_uncond_plus_g_times_the_difference():
     """Ho & Salimans 2022, eq. 6, with g = w + 1."""
-    d, x, y = ddpm.Diffusion(ddpm.make_betas("linear", 100), "x0"), torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 2])
+    d, x, y = (
+        ddpm.Diffusion(ddpm.make_betas("linear", 100), "x0"),
+        torch.zeros(3, 1, 2, 2),
+        torch.tensor([0, 1, 2]),
+    )
     found = ddpm.make_denoiser(labelled, d, y, guidance=2.5)(x, 50)[:, 0, 0, 0].tolist()
     assert found == pytest.approx([-0.1 + 2.5 * (0.1 * k + 0.1) for k in range(3)], abs=1e-6)
 
