@@ -89,8 +89,8 @@ class Config:
     min_snr: float = flag(0.0, "gamma of min-SNR weighting; 5 is usual, 0 is off", 0, 1e6)
 
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
-    channels: int = flag(48, "width of the first stage (unet, simple)", 4, 4096)
-    channel_mults: tuple[int, ...] = flag((1, 2, 3, 4), "width of each stage, times --channels (unet)", 1, 64)
+    channels: int = flag(40, "width of the first stage (unet, simple)", 4, 4096)
+    channel_mults: tuple[int, ...] = flag((1, 2, 3, 3), "width of each stage, times --channels (unet)", 1, 64)
     patch: int = flag(2, "side of the squares of pixels that are folded into channels at first (unet)", 1, 16)
     res_blocks: int = flag(1, "residual blocks a stage going down; one more going up (unet)", 1, 16)
     attention: str = flag("full", "kind, in the stages of --attention_at (unet)", choices="full linear none")
@@ -100,7 +100,7 @@ class Config:
     label_dropout: float = flag(0.05, "share of training pictures whose label is hidden, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
 
-    steps: int | None = flag(2500, "length of training: optimiser steps,", 1, group="training")
+    steps: int | None = flag(3200, "length of training: optimiser steps,", 1, group="training")
     epochs: float | None = flag(None, "or passes over the pictures,", 1e-6, 1e9)
     minutes: float | None = flag(None, "or minutes by the clock", 1e-3, 1e7)
     batch_size: int = flag(16, "pictures an optimiser step sees, over all processes and slices", 1, 10**6)
