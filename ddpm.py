@@ -100,7 +100,7 @@ class Config:
     label_dropout: float = flag(0.05, "share of training pictures whose label is hidden, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
 
-    steps: int | None = flag(3200, "length of training: optimiser steps,", 1, group="training")
+    steps: int | None = flag(2700, "length of training: optimiser steps,", 1, group="training")
     epochs: float | None = flag(None, "or passes over the pictures,", 1e-6, 1e9)
     minutes: float | None = flag(None, "or minutes by the clock", 1e-3, 1e7)
     batch_size: int = flag(16, "pictures an optimiser step sees, over all processes and slices", 1, 10**6)
