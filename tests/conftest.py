@@ -17,8 +17,9 @@ sys.path.insert(0, str(ROOT))
 import ddpm  # noqa: E402
 
 # The network, batch and length that a test needs no more than. Later flags override earlier ones.
-TINY = """--image_size 16 --channels 8 --channel_mults 1 2 --attention_at 8 --timesteps 50 --batch_size 4
-    --warmup_steps 0 --num_samples 3 --sampling_steps 2 --log_every 1 --precision fp32 --device cpu"""
+TINY = """--image_size 16 --patch 1 --channels 8 --channel_mults 1 2 --attention_at 8 --timesteps 50
+    --predict v --batch_size 4 --warmup_steps 0 --ema_decay 0.99 --num_samples 3 --sampling_steps 2
+    --log_every 1 --precision fp32 --device cpu"""
 
 
 def words(*flags):

@@ -1,4 +1,4 @@
-"""The networks: UNet against diffusers' UNet2DModel with the same weights, shapes, labels and what they can learn."""
+"""The networks: UNet against diffusers' UNet2DModel with the same weights; shapes, labels, learning."""
 
 import re
 
@@ -139,7 +139,7 @@ def test_pictures_need_not_be_square(make):
 def test_labels_matter_and_no_label_is_minus_one(make):
     model, x, t = build(make, classes=3).eval(), torch.randn(1, 3, 32, 32), torch.tensor([300])
     with torch.no_grad():
-        for name, p in model.named_parameters():  # layers that begin at zero let nothing through
+        for p in model.parameters():  # layers that begin at zero let nothing through
             if not p.any():
                 p.normal_(std=0.2)
         said = [model(x, t, torch.tensor([k])) for k in (-1, 0, 1, 2)]
@@ -188,8 +188,8 @@ def test_any_even_width_makes_a_network(channels):
     ids=["unet", "linear", "simple", "resnet"],
 )
 def test_four_pictures_are_learned_by_heart(make, steps):
-    """Which one is told by timestep and label alone, and half of the input has to come through: a network deaf to
-    either misses by 0.5 (the spread of two pictures), one without connections past the bottom by 0.25."""
+    """Which one is told by timestep and label alone, and half of the input has to come through: one deaf
+    to either misses by 0.5 (the spread of two pictures), one without connections past the bottom by 0.25."""
     model, size = build(make, 1, 2).train(), 32 if make is ddpm.ResNetUNet else 16
     pictures = torch.rand(4, 1, 4, 4).round() * 2 - 1
     x = torch.randn(1, 1, size, size).expand(4, -1, -1, -1)

@@ -1,4 +1,4 @@
-"""The samplers, against closed forms for Gaussian data and against diffusers' schedulers and published values."""
+"""The samplers, against closed forms for Gaussian data, diffusers' schedulers and its published values."""
 
 import inspect
 import math
@@ -50,7 +50,7 @@ def exact(diffusion, x, t, u):
 
 
 def orders(name, diffusion, lists):
-    """log2 of how much the largest error falls from each list of timesteps to the next, each twice as fine."""
+    """log2 of how much the largest error falls from each list of timesteps to the next, twice as fine."""
     x = torch.linspace(-3, 3, 13, dtype=torch.float64)
     errors = []
     for ts in lists:
@@ -66,7 +66,7 @@ def test_the_error_of_ddim_halves_as_steps_double():
 
 
 def even_in_log_snr(points):
-    """A Diffusion whose half log-SNR falls evenly from 3 to -3, so that evenly spaced timesteps are even in it."""
+    """A Diffusion whose half log-SNR falls evenly from 3 to -3: even timesteps are even in it."""
     abar = torch.sigmoid(2 * torch.linspace(3, -3, points, dtype=torch.float64))
     return ddpm.Diffusion(1 - abar / torch.cat([torch.ones(1), abar[:-1]]))
 
@@ -153,7 +153,7 @@ def test_ten_leading_steps_give_the_published_ddim_values(predict, total, mean):
 
 @pytest.mark.parametrize("end, mean", [(0, 0.3301), (-1, 0.2409)])
 def test_ten_steps_give_the_published_dpm_solver_values(end, mean):
-    """diffusers, test_scheduler_dpm_multi.py, test_full_loop_no_noise; 0.2409 is what the list ending at -1 gives."""
+    """diffusers, test_scheduler_dpm_multi.py, test_full_loop_no_noise; 0.2409 with a list that ends at -1."""
     d = dummy_diffusion("eps")
     ts = [*np.linspace(0, 999, 11).round().astype(int)[:0:-1].tolist(), end]
     x = walk("dpm++", d, ddpm.make_denoiser(dummy_model, d, clip=False), dummy_sample(), ts)[-1][1]
@@ -167,7 +167,7 @@ PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def compare(name, theirs, diffusion, steps, clip=True, ours=(), **more):
-    """Our sampler and diffusers' scheduler take the same steps from the same noise: relative error at most 1e-4."""
+    """Our sampler and diffusers' scheduler take the same steps from the same noise, to a relative 1e-4."""
     network = randomise(ddpm.UNet(3, 8, (1, 2), 1, attention_stages=()), scale=0.15).eval()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     our_noise, their_noise = torch.Generator().manual_seed(6), torch.Generator().manual_seed(6)
@@ -305,7 +305,7 @@ def test_the_clip_is_effective_and_can_be_left_out(predict):
 
 @pytest.mark.parametrize("name", ddpm.SAMPLERS)
 def test_a_sampler_goes_on_from_the_clipped_picture(name):
-    """A denoiser that clips gives what its clipped output would: from x0 = 1 everywhere, the known path to it."""
+    """A network that says 9 everywhere takes the path of one that says 1."""
     d, x = ddpm.Diffusion(ddpm.make_betas("linear", 100), "x0"), torch.full((1, 1, 2, 2), 0.5)
     ends = [
         walk(

@@ -1,4 +1,4 @@
-"""Training through the real command line: exact resuming, what is written and when, stops, failures, slices."""
+"""Training through the real command line: exact resuming, files, averages, slices, stops and failures."""
 
 import copy
 import json
@@ -18,9 +18,9 @@ from PIL import Image
 
 import ddpm
 
-# Everything that could make a resumed run differ: dropout, flips, labels hidden, EMA, accumulation, a falling rate.
-LIVELY = """--dropout 0.2 --hflip --label_dropout 0.3 --optimizer adam --grad_accum 2 --ema_decay 0.9 --lr 3e-3
-    --warmup_steps 3 --steps 12 --sample_every 100"""
+# All that could make a resumed run differ: dropout, flips, hidden labels, EMA, accumulation, a falling rate.
+LIVELY = """--dropout 0.2 --hflip --label_dropout 0.3 --optimizer adam --grad_accum 2 --ema_decay 0.9
+    --lr 3e-3 --lr_schedule cosine --warmup_steps 3 --steps 12 --sample_every 100"""
 
 
 @pytest.fixture
@@ -250,7 +250,7 @@ def test_two_processes_see_the_gradient_of_one_with_two_slices(train, program, p
 
 
 def test_accumulation_averages_the_gradients_of_its_slices(train, trained, tmp_path, monkeypatch):
-    """Of the whole batch, computed here from the pictures, times, noise and labels that the loss was given."""
+    """Of the whole batch, computed here from what the loss was given."""
     real, given = ddpm.Diffusion.loss, []
 
     def loss(self, model, *args):
