@@ -37,8 +37,8 @@ def test_betas_are_float64_and_in_range(kind, T):
 @pytest.mark.parametrize("T", (10, 50, 300, 1000, 4000))
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_unset_betas_end_in_near_pure_noise_at_any_T(kind, T):
-    """The bound is the one above which a run warns of it. A geometric sequence between the same ends adds up to
-    (end - start) / ln(end / start) * T = 3.76, so exponential stays at e^-3.76 = 0.023 and gets that warning."""
+    """The bound is the one above which a run warns. A geometric sequence between the same ends adds up to
+    (end - start) / ln(end / start) * T = 3.76: exponential stays at e^-3.76 = 0.023 and gets the warning."""
     bound = 0.024 if kind == "exponential" else 0.01
     assert torch.cumprod(1 - ddpm.make_betas(kind, T), 0)[-1] < bound
 
