@@ -333,6 +333,13 @@ def test_a_sample_writes_the_grid_the_way_there_and_their_story(sample, trained,
     assert each.size == (16, 16) and each.mode == "RGB"
 
 
+def test_the_command_line_and_not_the_checkpoint_says_where_pictures_go(main, trained, tmp_path):
+    before = set(trained.parent.rglob("*"))
+    assert main("--mode sample --num_samples 1 --sampling_steps 1 --model_path", trained) == 0
+    assert (tmp_path / "samples" / "generated_sample.png").exists()
+    assert set(trained.parent.rglob("*")) == before
+
+
 def test_denoising_steps_is_a_real_picture(main, trained, tmp_path):
     assert main("--mode sample --model_path", trained, "--num_samples 2 --sampling_steps 3") == 0
     picture = Image.open(tmp_path / "samples" / "denoising_steps.png")
