@@ -133,6 +133,10 @@ class Config:
     ema: bool = flag(True, "draw with the averaged weights")
     individual: str | None = flag(None, "also write every picture by itself, into this folder")
     gif: bool = flag(False, "also write the reverse process as an animation")
+    init_image: str | None = flag(None, "start from this picture instead of noise")
+    strength: float | None = flag(None, "share of the way to noise that it goes (default: 0.5; 1 with --mask)", 0.001, 1)
+    mask: str | None = flag(None, "redraw --init_image where this picture is white, keep the rest exactly")
+    interpolate: int | None = flag(None, "go from the first picture of --seed to that of this one", 0, 2**63 - 1)
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {}  # name of a group -> its settings
@@ -204,6 +208,9 @@ def check(config):
     require(start <= end, f"--beta_start {start:g} is above --beta_end {end:g}: noise has to grow.")
     require(c.sampling_steps <= T, f"--sampling_steps {c.sampling_steps} is more than --timesteps {T}.")
     require(not (c.resume and c.init_from), "--resume goes on with a run, --init_from starts one: give one.")
+    require(c.init_image or not (c.mask or c.strength), "--mask and --strength need --init_image FILE.")
+    require(c.interpolate is None or not c.init_image, "--interpolate and --init_image: give one.")
+    require(c.interpolate != c.seed, f"--interpolate {c.seed} is --seed as well: there is no way between them.")
     side, unet = network_size(c), c.patch * 2 ** (len(c.channel_mults) - 1)
     stride = {"unet": unet, "simple": 16, "resnet18": 32}[c.arch]
     fits = " or ".join(str(n * stride) for n in (side // stride, side // stride + 1) if n)
@@ -313,8 +320,8 @@ def make_diffusion(config, device="cpu"):
 # is denoise(x, t) -> x0; noise() gives fresh Gaussian noise of x's shape.
 
 def ddpm(diffusion, denoise, x, ts, noise, eta=1.0):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2): large variance on all T steps, small on fewer."""
-    large = len(ts) == diffusion.T + 1
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): large variance on every step, small on fewer."""
+    large = len(ts) == ts[0] + 2  # none is left out
     for t, u in zip(ts, ts[1:]):
         x0 = denoise(x, t)
         x = diffusion.step(x, x0, t, u, eta=1.0)
@@ -629,6 +636,18 @@ def decode(image, size, channels):
     pixels = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
     return np.pad(pixels, ((0, 0), (2, 2), (2, 2)), mode="edge") if size == 28 else pixels
 
+def open_picture(path):
+    Image.MAX_IMAGE_PIXELS = 2**28  # twice this and more is refused as a decompression bomb
+    return Image.open(path)
+
+def load_picture(path, size, channels):
+    """The picture in a file as a network sees it: (1, channels, size, size) in [-1, 1]. UserError if broken."""
+    try:
+        with open_picture(path) as image:
+            return to_network(torch.from_numpy(decode(image, size, channels)))[None]
+    except Exception as e:  # broken files make decoders raise anything
+        raise UserError(f"{path} cannot be read ({type(e).__name__}: {e}). Give a picture file.") from None
+
 def folder_source(root):
     """The picture files below a folder; the first sub-folder on the way to a file is its class."""
     require(root.is_dir(), f"No folder {root}: give --data_path pictures, or one of {', '.join(DATASETS)}.")
@@ -649,7 +668,7 @@ def folder_source(root):
     labels = np.array([classes.index(p[0]) if len(p) > 1 else -1 for p in parts])
     names = ["/".join(p) for p in parts]
     key = [f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in zip(names, stats)]
-    return Source(names, labels, classes, key, lambda i: Image.open(files[i]))
+    return Source(names, labels, classes, key, lambda i: open_picture(files[i]))
 
 def torchvision_source(name, root):
     """One of torchvision's data sets, downloaded if need be: the training pictures (of flowers102, all)."""
@@ -694,7 +713,6 @@ def decode_all(source, chosen, size, cache):
     if cache.exists():
         bad = json.loads(reasons.read_text())
         return np.load(cache, mmap_mode="c"), {int(row): reason for row, reason in bad.items()}
-    Image.MAX_IMAGE_PIXELS = 2**28  # twice this and more is refused as a decompression bomb
     def every(work, what):  # work(image) of each picture in turn, or the reason why it failed
         def attempt(i):
             try:
@@ -1240,25 +1258,50 @@ def sample_labels(config, classes, n):
         require(name in classes, f"--classes {config.classes}: the model has no class {name!r}; {known}.")
     return [classes.index(names[i % len(names)]) if names else -1 for i in range(n)]
 
-def generate(model, diffusion, config, indices, labels, precision="fp32"):
+def generate(model, diffusion, config, indices, labels, precision="fp32", picture=None, mask=None):
     """Draw the pictures number `indices` with these labels (-1: none); yields (t, x, x0) after each step, x
-    and x0 (n, C, H, W) float32. They depend on the Config's seed and sampling settings alone."""
-    require(config.guidance == 1 or model.classes,
-            f"--guidance {config.guidance:g}: the model was trained without classes; leave it out.")
-    device = next(model.parameters()).device
-    noise = PictureNoise(config.seed, indices, (model.channels, model.image_size, model.image_size), device)
+    and x0 (n, C, H, W) float32. They depend on the Config's seed and sampling settings alone, and on what is
+    edited: picture (1, C, H, W) in [-1, 1], and mask (1, 1, H, W), 1 where it is drawn anew, 0 where kept."""
+    c, T, ts = config, diffusion.T, spaced_timesteps(diffusion.T, config.sampling_steps)
+    require(c.guidance == 1 or model.classes,
+            f"--guidance {c.guidance:g}: the model was trained without classes; leave it out.")
+    device, shape = next(model.parameters()).device, (model.channels, model.image_size, model.image_size)
+    noise = PictureNoise(c.seed, indices, shape, device)
+    if c.interpolate is not None:
+        noise = between(*(PictureNoise(s, [0], shape, device) for s in (c.seed, c.interpolate)),
+                        torch.tensor(indices, device=device) / max(c.num_samples - 1, 1))
     labels = torch.tensor(labels, device=device)
-    denoise = make_denoiser(model, diffusion, labels, config.guidance, precision=precision)
-    timesteps = spaced_timesteps(diffusion.T, config.sampling_steps)
-    yield from SAMPLERS[config.sampler](diffusion, denoise, noise(), timesteps, noise, config.eta)
+    denoise, x = make_denoiser(model, diffusion, labels, c.guidance, precision=precision), noise()
+    if picture is not None:  # noised part of the way only (SDEdit, Meng et al. 2022, arXiv:2108.01073)
+        share = c.strength or (0.5 if mask is None else 1)
+        ts = spaced_timesteps(max(1, round(share * T)), max(1, round(share * c.sampling_steps)))
+        x = diffusion.q_sample(picture.to(device), torch.tensor(ts[:1], device=device), x)
+    if mask is not None:
+        denoise = keep_known(denoise, picture.to(device), mask.to(device))
+    yield from SAMPLERS[c.sampler](diffusion, denoise, x, ts, noise, c.eta)
 
-def draw(model, diffusion, config, indices, labels, precision, watch):
+def keep_known(denoise, picture, mask):
+    """A denoiser that knows the picture where the mask is 0: every step and the result agree with it there."""
+    return lambda x, t: mask * denoise(x, t) + (1 - mask) * picture
+
+def between(first, second, share):
+    """Noise on the great circle from one source of it to another (Song et al. 2021, eq. 67), share[i] of the
+    way for picture i: it has unit variance everywhere, and at 0 and 1 it is that of either source."""
+    share = share.view(-1, 1, 1, 1)
+    def noise():
+        a, b = first(), second()
+        angle = F.cosine_similarity(a.flatten(), b.flatten(), 0).acos()
+        return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+    return noise
+
+def draw(model, diffusion, config, indices, labels, precision, watch, **edit):
     """The pictures number `indices`, each with labels[i], a batch at a time: uint8 (n, C, H, W) on the CPU.
-    watch(start, t, x) sees each step of the batch that begins at indices[start]; None if it returns true."""
+    watch(start, t, x) sees each step of the batch that begins at indices[start]; None if it returns true.
+    edit: picture and mask of `generate`."""
     parts = [torch.empty(0, model.channels, model.image_size, model.image_size, dtype=torch.uint8)]
     for start in range(0, len(indices), config.sample_batch_size):
         some = indices[start : start + config.sample_batch_size]
-        for t, x, _ in generate(model, diffusion, config, some, [labels[i] for i in some], precision):
+        for t, x, _ in generate(model, diffusion, config, some, [labels[i] for i in some], precision, **edit):
             if watch(start, t, x):
                 return None
         parts.append(to_pixels(x).cpu())
@@ -1282,6 +1325,10 @@ def sample(config):
     precision = choose_precision(c.precision, device)
     model, diffusion, _ = load_model(path, device, c.ema)
     labels = sample_labels(c, model.classes, c.num_samples)
+    labels = labels if c.interpolate is None else labels[:1] * len(labels)
+    edit = dict(picture=load_picture(c.init_image, c.image_size, model.channels)) if c.init_image else {}
+    if c.mask:
+        edit["mask"] = (load_picture(c.mask, c.image_size, 1) > 0).float()
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     print(f"model     {path} ({digest}), {'averaged (EMA)' if c.ema else 'plain'} weights of {c.data_path}\n"
           f"drawing   {c.num_samples} pictures, {c.sampler}, {c.sampling_steps} steps, seed {c.seed}, "
@@ -1294,12 +1341,18 @@ def sample(config):
 
     batches = math.ceil(c.num_samples / c.sample_batch_size)
     with tqdm(total=batches * c.sampling_steps, unit="step", dynamic_ncols=True) as bar:
-        pixels = draw(model, diffusion, c, range(c.num_samples), labels, precision, watch)
+        pixels = draw(model, diffusion, c, range(c.num_samples), labels, precision, watch, **edit)
     folder, columns = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
     text = dict(seed=c.seed, sampler=c.sampler, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance,
-                classes=c.classes or "all", model=digest)
-    files = [save_grid(pixels, folder / "generated_sample.png", c, grid_columns(len(pixels), columns), text),
-             plot_chain(way, folder / "denoising_steps.png", c, text)]
+                classes=c.classes or "all", model=digest, version=torch.__version__)
+    text |= {k: v for k, v in given.items() if v is not None and k in ("init_image", "strength", "mask", "interpolate")}
+    files = [plot_chain(way, folder / "denoising_steps.png", c, text)]
+    if c.interpolate is None:
+        grid = grid_columns(len(pixels), columns)
+        files.append(save_grid(pixels, folder / "generated_sample.png", c, grid, text))
+    else:  # a strip, and there and back again
+        files += [save_grid(pixels, folder / "interpolation.png", c, len(pixels), text),
+                  save_gif([*pixels[:, None], *pixels[1:-1, None].flip(0)], folder / "interpolation.gif", c)]
     if c.gif:
         files.append(save_gif([x for _, x in way], folder / "denoising.gif", c))
     pixels = crop(pixels, c)
