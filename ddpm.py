@@ -47,6 +47,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -120,6 +121,7 @@ class Config:
     sample_every: int = flag(1000, "steps between pictures in --samples_dir", 1, 10**9)
     log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9)
     keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6)
+    logger: str = flag("none", "tracker to tell as well", choices="none tensorboard wandb")
     dry_run: bool = flag(False, "check data, shapes and memory on one batch, then exit")
     model_path: str = flag("saved_models/denoise_model.pt", "what train writes, sample reads", group="places")
     samples_dir: str = flag("samples", "folder for pictures, plots and metrics.jsonl")
@@ -134,9 +136,9 @@ class Config:
     individual: str | None = flag(None, "also write every picture by itself, into this folder")
     gif: bool = flag(False, "also write the reverse process as an animation")
     init_image: str | None = flag(None, "start from this picture instead of noise")
-    strength: float | None = flag(None, "share of the way to noise that it goes (default: 0.5; 1 with --mask)", 0.001, 1)
-    mask: str | None = flag(None, "redraw --init_image where this picture is white, keep the rest exactly")
-    interpolate: int | None = flag(None, "go from the first picture of --seed to that of this one", 0, 2**63 - 1)
+    strength: float | None = flag(None, "share of the way to noise (default: 0.5; with --mask 1)", 0.001, 1)
+    mask: str | None = flag(None, "redraw --init_image where this picture is white, and only there")
+    interpolate: int | None = flag(None, "go from the first picture of --seed to this seed's", 0, 2**63 - 1)
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {}  # name of a group -> its settings
@@ -210,7 +212,7 @@ def check(config):
     require(not (c.resume and c.init_from), "--resume goes on with a run, --init_from starts one: give one.")
     require(c.init_image or not (c.mask or c.strength), "--mask and --strength need --init_image FILE.")
     require(c.interpolate is None or not c.init_image, "--interpolate and --init_image: give one.")
-    require(c.interpolate != c.seed, f"--interpolate {c.seed} is --seed as well: there is no way between them.")
+    require(c.interpolate != c.seed, f"--interpolate {c.seed} is --seed as well: give two different ones.")
     side, unet = network_size(c), c.patch * 2 ** (len(c.channel_mults) - 1)
     stride = {"unet": unet, "simple": 16, "resnet18": 32}[c.arch]
     fits = " or ".join(str(n * stride) for n in (side // stride, side // stride + 1) if n)
@@ -481,6 +483,7 @@ class UNet(nn.Module):
         block, attention = (4 * width, groups, dropout), None if attention == "none" else attention
         kinds = [attention if i in attention_stages else None for i in range(len(mults))]
         self.patch, self.embed = patch, TimeLabelEmbedding(width, 4 * width, classes)
+        self.recompute = False  # keep the inputs of stages only, and compute them again going back
         self.conv_in = nn.Conv2d(pixel, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [width]  # channels of the feature maps that the way up will join
@@ -506,14 +509,18 @@ class UNet(nn.Module):
         self.conv_out = zero(nn.Conv2d(c, pixel, 3, padding=1))
 
     def forward(self, x, t, y=None):
+        def apply(stage, *inputs):
+            again = self.recompute and torch.is_grad_enabled()
+            return checkpoint(stage, *inputs, use_reentrant=False) if again else stage(*inputs)
+
         emb, h = self.embed(t, y), self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, Stage) else layer(h)
+            h = apply(layer, h, emb) if isinstance(layer, Stage) else layer(h)
             skips.append(h)
-        h = self.middle2(self.middle(h, emb), emb)
+        h = self.middle2(apply(self.middle, h, emb), emb)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, Stage) else layer(h)
+            h = apply(layer, torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, Stage) else layer(h)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 class ConvBlock(nn.Module):
@@ -641,10 +648,10 @@ def open_picture(path):
     return Image.open(path)
 
 def load_picture(path, size, channels):
-    """The picture in a file as a network sees it: (1, channels, size, size) in [-1, 1]. UserError if broken."""
+    """The picture in a file as a network sees it, (1, channels, size, size) in [-1, 1], or UserError."""
     try:
         with open_picture(path) as image:
-            return to_network(torch.from_numpy(decode(image, size, channels)))[None]
+            return to_network(torch.tensor(decode(image, size, channels)))[None]
     except Exception as e:  # broken files make decoders raise anything
         raise UserError(f"{path} cannot be read ({type(e).__name__}: {e}). Give a picture file.") from None
 
@@ -911,14 +918,19 @@ class Clock:
         self.steps = passes or config.steps
         self.limit = 60 * (config.minutes or 0)
         self.step, self.before, self.started = 0, 0.0, time.monotonic()
-        self.ending = 0.0  # seconds to set aside for the last pictures, which --minutes includes
+        # Seconds to set aside for the last pictures, which --minutes includes: as measured, or until then by
+        # the evaluations that they take, each worth half of what it costs to train on a picture.
+        self.ending, guided = None, config.guidance != 1
+        self.ending_in_steps = config.num_samples * config.sampling_steps * (1 + guided) / config.batch_size / 2
 
     def seconds(self):
         return self.before + time.monotonic() - self.started
 
     def share(self):
-        length = max(self.limit - self.ending, 1e-9)
-        return min(self.step / self.steps if self.steps else self.seconds() / length, 1)
+        if self.steps:
+            return min(self.step / self.steps, 1)
+        ending = self.ending or self.ending_in_steps * self.seconds() / max(self.step, 1)
+        return min(self.seconds() / max(self.limit - ending, 1e-9), 1)
 
 def learning_rate(config, step, share):
     """A linear rise over warmup_steps; then constant, or half a cosine down to 0 at the end of training."""
@@ -1002,12 +1014,20 @@ def train(config):
         scaler.load_state_dict(resumed["scaler"])
         clock.step, clock.before = resumed["step"], resumed["seconds"]
         origin = f"resuming  {path} at step {clock.step}"
+    costs = measure(model, device, precision)
+    memory = costs[1] * config.batch_size // slices + 20 * sum(p.numel() for p in model.parameters())
+    model.recompute = config.arch == "unet" and memory > 0.7 * free_memory(device)
     diffusion = make_diffusion(config, device)
     net = torch.compile(model) if config.compile else model
     if world > 1:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
     if rank == 0:
-        banner(config, images, model, clock, f"{describe(device)}, {precision}, processes {world}", origin)
+        madds, kept = costs
+        cost = f"{madds / 1e9:.3g} G multiply-adds and {kept / 1e6:.3g} MB a picture"
+        again = "; too much, so stages are computed again going back" * model.recompute
+        space = f"about {memory / 1e9:.2g} GB a step, {free_memory(device) / 1e9:.3g} GB free{again}"
+        machine = f"{describe(device)}, {precision}, processes {world}, torch {torch.__version__}"
+        banner(config, images, model, clock, cost, f"{machine}\nmemory    {space}", origin)
     if config.dry_run:
         return dry_run(net, diffusion, images, config, device, precision, slices)
     preview = make_previews(config, images, diffusion, device, precision, rank, world)
@@ -1062,7 +1082,7 @@ def train(config):
                 pictures = preview(ema, asked)
                 if log and pictures:
                     log.pictures(*pictures)
-                clock.ending = max(clock.ending, time.monotonic() - began)
+                clock.ending = max(clock.ending or 0, time.monotonic() - began)
             if leave:
                 break
             # ------------------------------------------------------------------------------ one training step
@@ -1103,8 +1123,8 @@ def train(config):
     return Path(config.model_path)
 
 def make_previews(config, images, diffusion, device, precision, rank, world):
-    """preview(ema, asked) -> ((clean, noisy, predicted), generated, held-out loss or None), None if stopped:
-    the same pictures, timesteps and noise each time, so that grids compare."""
+    """preview(ema, asked) -> (t, (clean, noisy, predicted), generated, held-out loss or None); None if it was
+    stopped. It takes the same pictures, timesteps and noise each time, so that grids compare."""
     labels = sample_labels(config, images.classes, config.num_samples)
     generator = torch.Generator().manual_seed(mix(config.seed, 4))
     def fixed(rows):  # x0, t spread over 0..T-1, eps, y
@@ -1126,22 +1146,23 @@ def make_previews(config, images, diffusion, device, precision, rank, world):
             dist.all_gather_object(shares, drawn)
             drawn = torch.stack([shares[i % world][i // world] for i in range(len(labels))])
         held = torch.cat(held).mean().item() if held else None
-        return None if drawn is None else ((x0, xt, pred), drawn, held)
+        return None if drawn is None else (t.tolist(), (x0, xt, pred), drawn, held)
     return preview
 
-def banner(config, images, model, clock, machine, origin):
+def banner(config, images, model, clock, cost, machine, origin):
     """Say what the run will do, and what to expect of it, before it begins."""
     c, n, abar = config, len(images.train), make_diffusion(config).abar[-2].item()
     counts = [(images.labels[images.train] == k).sum().item() for k in range(len(images.class_names))]
     classes = [f"{name} {k}" for name, k in zip(images.class_names, counts)]
     classes = classes[:12] + ([f"{len(classes) - 12} more"] if len(classes) > 12 else [])
+    classes = (", ".join(classes) or "none") + ("; not learned" if classes and not model.classes else "")
     seen, length = (clock.steps or 0) * c.batch_size, f"{c.minutes or 0:g} minutes"
     length = f"{clock.steps} steps, {seen:,} pictures, {seen / n:.4g} passes" if clock.steps else length
     print(f"data      {c.data_path}: {images.found} found, {n} to train on, {len(images.held_out)} held out, "
           f"{images.bad} unreadable; {c.image_size}x{c.image_size}, {images.channels} channels\n"
-          f"classes   {', '.join(classes) or 'none'}{'' if images.classes else '; not learned'}\n"
-          f"network   {c.arch}, {sum(p.numel() for p in model.parameters()):,} parameters\n"
-          f"device    {machine}, torch {torch.__version__}\n"
+          f"classes   {classes}\n"
+          f"network   {c.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, {cost}\n"
+          f"device    {machine}\n"
           f"diffusion T {c.timesteps}, {c.schedule}, predicts {c.predict}, {c.loss} loss, abar_T {abar:.2g}\n"
           f"plan      {length} in batches of {c.batch_size}; a checkpoint every {c.save_every} steps, the "
           f"last {c.keep_last} kept in {step_files(c.model_path)[0].resolve()}")
@@ -1161,6 +1182,7 @@ class RunLog:
     def __init__(self, config, images, clock, device):
         self.config, self.clock, self.device, self.total = config, clock, device, len(images.train)
         self.classes, self.files, self.rows, self.folder = images.classes, {}, [], Path(config.samples_dir)
+        self.track = make_tracker(config)
         self.metrics, self.last = self.folder / "metrics.jsonl", (clock.step, time.monotonic())
         earlier = self.metrics.read_text().splitlines()[1:] if clock.step and self.metrics.exists() else []
         with contextlib.suppress(ValueError):  # a last line that a crash cut short
@@ -1190,6 +1212,8 @@ class RunLog:
         self.rows.append(dict(step=self.clock.step, **row, seconds=round(self.clock.seconds(), 1)))
         with open(self.metrics, "a") as f:
             f.write(json.dumps(self.rows[-1]) + "\n")
+        quarters = {f"loss/quarter_{q + 1}": v for q, v in enumerate(row.pop("loss_quarters", ()))}
+        self.track(self.clock.step, {k: v for k, v in (row | quarters).items() if v is not None}, {})
 
     def line(self, sums, grad_norm, lr):
         """A line of metrics.jsonl: means since the line before."""
@@ -1201,14 +1225,21 @@ class RunLog:
                    pictures_per_s=round((seen - step * self.config.batch_size) / (self.last[1] - then), 1))
         self.bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
 
-    def pictures(self, fixed, generated, held_out):
+    def pictures(self, t, fixed, generated, held_out):
         c, passes = self.config, self.clock.step * self.config.batch_size / self.total
         # Whole epochs name the files, or hundredths of them where there are pictures more than once an epoch.
         epoch = int(passes) if c.sample_every * c.batch_size >= self.total else f"{passes:.2f}"
         columns = grid_columns(len(generated), self.classes)
-        for name, x in zip(("clean", "noisy", "pred"), fixed):
-            self.wrote(save_grid(to_pixels(x).cpu(), self.folder / f"{name}_epoch{epoch}.png", c, len(x)))
-        self.wrote(save_grid(generated, self.folder / f"generated_epoch{epoch}.png", c, columns))
+        rows = dict(zip(("clean", "noisy", "pred"), (to_pixels(x).cpu() for x in fixed)))
+        def path(name):
+            return self.folder / f"{name}_epoch{epoch}.png"
+
+        for name, pixels in rows.items():
+            self.wrote(save_grid(pixels, path(name), c, len(pixels)))
+        both = dict(compared=plot_rows(rows, [f"t = {n}" for n in t], path("compared"), c),
+                    generated=save_grid(generated, path("generated"), c, columns))
+        self.wrote(*both.values())
+        self.track(self.clock.step, {}, both)
         if held_out is not None:
             self.write(held_out_loss=held_out)
         self.wrote(plot_loss(self.rows, self.folder / "loss_graph.png"))
@@ -1219,6 +1250,29 @@ class RunLog:
         if stopped:
             print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on: --mode train --resume")
         print_files(self.files)
+
+def make_tracker(config):
+    """track(step, numbers by name, paths of pictures by name): what --logger tells the tracker."""
+    try:
+        if config.logger == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(Path(config.samples_dir, "tensorboard"))
+            def track(step, numbers, pictures):
+                for name, value in numbers.items():
+                    writer.add_scalar(name, value, step)
+                for name, path in pictures.items():
+                    writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, None, "HWC")
+                writer.flush()
+            return track
+        if config.logger == "wandb":
+            import wandb
+            Path(config.samples_dir).mkdir(parents=True, exist_ok=True)
+            run = wandb.init(project="ddpm", dir=config.samples_dir, config=dataclasses.asdict(config))
+            return lambda step, numbers, pictures: run.log(
+                numbers | {name: wandb.Image(path) for name, path in pictures.items()}, step=step)
+    except ImportError:
+        raise UserError(f"--logger {config.logger} needs its package: pip install {config.logger}") from None
+    return lambda *_: None
 
 def describe(device):
     """What a device is called, with its memory or threads."""
@@ -1237,6 +1291,30 @@ def peak_memory(device):
         from resource import RUSAGE_SELF, getrusage
         return round(getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)
     return 0
+
+def measure(model, device, precision):
+    """What one more picture costs a step: (multiply-adds going forward, bytes kept for going back)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    costs = []
+    for n in (2, 3):
+        x, kept = torch.zeros(n, model.channels, model.image_size, model.image_size, device=device), {}
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with FlopCounterMode(display=False) as counter, hooks, autocast(device, precision):
+            alive = copy.deepcopy(model)(x, x.new_zeros(n, dtype=torch.int64))  # noqa: F841
+        costs.append((counter.get_total_flops() // 2, sum(kept.values())))
+    return [b - a for a, b in zip(*costs)]
+
+def free_memory(device):
+    """Bytes that a run may still take: of the GPU if there is one, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if Path("/proc/meminfo").exists():
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    return math.inf
 
 def dry_run(net, diffusion, images, config, device, precision, slices):
     """One slice of a batch forward and backward: what goes in and comes out, and the memory it takes."""
@@ -1281,7 +1359,7 @@ def generate(model, diffusion, config, indices, labels, precision="fp32", pictur
     yield from SAMPLERS[c.sampler](diffusion, denoise, x, ts, noise, c.eta)
 
 def keep_known(denoise, picture, mask):
-    """A denoiser that knows the picture where the mask is 0: every step and the result agree with it there."""
+    """A denoiser that knows the picture where the mask is 0: steps and result agree with it there."""
     return lambda x, t: mask * denoise(x, t) + (1 - mask) * picture
 
 def between(first, second, share):
@@ -1301,7 +1379,8 @@ def draw(model, diffusion, config, indices, labels, precision, watch, **edit):
     parts = [torch.empty(0, model.channels, model.image_size, model.image_size, dtype=torch.uint8)]
     for start in range(0, len(indices), config.sample_batch_size):
         some = indices[start : start + config.sample_batch_size]
-        for t, x, _ in generate(model, diffusion, config, some, [labels[i] for i in some], precision, **edit):
+        own = [labels[i] for i in some]
+        for t, x, _ in generate(model, diffusion, config, some, own, precision, **edit):
             if watch(start, t, x):
                 return None
         parts.append(to_pixels(x).cpu())
@@ -1345,7 +1424,8 @@ def sample(config):
     folder, columns = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
     text = dict(seed=c.seed, sampler=c.sampler, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance,
                 classes=c.classes or "all", model=digest, version=torch.__version__)
-    text |= {k: v for k, v in given.items() if v is not None and k in ("init_image", "strength", "mask", "interpolate")}
+    edited = {name: given[name] for name in ("init_image", "strength", "mask", "interpolate") if given[name]}
+    text |= {name: Path(str(value)).name for name, value in edited.items()}
     files = [plot_chain(way, folder / "denoising_steps.png", c, text)]
     if c.interpolate is None:
         grid = grid_columns(len(pixels), columns)
@@ -1427,16 +1507,18 @@ def plot_pair(titles, xlabel):
     return figure, axes
 
 def plot_rows(rows, titles, path, config, text=None):
-    """Rows of pictures, each (columns, C, H, W) uint8, with a title a column. Returns the path."""
+    """Rows of pictures by name, each (columns, C, H, W) uint8, with a title a column. Returns the path."""
     figure = new_figure(0.95 * len(titles), 0.95 * len(rows) + 0.3)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
-    pictures = [picture for row in rows for picture in to_images(crop(row, config))]
-    axes = figure.subplots(len(rows), len(titles), squeeze=False).flat
-    for i, (picture, a) in enumerate(zip(pictures, axes)):
-        a.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        a.set_axis_off()
-        if i < len(titles):
-            a.set_title(titles[i], fontsize=10, pad=3)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, (name, row) in zip(axes, rows.items()):
+        for a, picture in zip(line, to_images(crop(row, config))):
+            a.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            a.set(xticks=[], yticks=[])
+            a.spines[:].set_visible(False)
+        line[0].set_ylabel(name, fontsize=10)
+    for a, title in zip(axes[0], titles):
+        a.set_title(title, fontsize=10, pad=3)
     return save_figure(figure, path, text)
 
 def plot_schedules(config, path):
@@ -1460,14 +1542,14 @@ def plot_forward_process(x0, config, path):
     ts = [*(range(100, T - 1, 200) if T >= 500 else [round(T * k / 6) for k in range(1, 6)]), T - 1]
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed))
     row = [x0] + [make_diffusion(config).q_sample(x0, torch.tensor([t]), eps) for t in ts]
-    return plot_rows([to_pixels(torch.cat(row))], ["clean"] + [f"t = {t}" for t in ts], path, config)
+    return plot_rows({"": to_pixels(torch.cat(row))}, ["clean"] + [f"t = {t}" for t in ts], path, config)
 
 def plot_chain(way, path, config, text=None):
     """Pictures along the reverse process. way: (t, pictures (n, C, H, W) uint8 after the step from t)."""
     some = spread(np.arange(len(way)), 9)
     titles = [f"t = {way[i + 1][0]}" if i + 1 < len(way) else "result" for i in some]  # the level they are at
     rows = torch.stack([way[i][1][:5] for i in some], dim=1)  # (n, columns, C, H, W)
-    return plot_rows(rows, titles, path, config, text)
+    return plot_rows(dict(enumerate(rows)), titles, path, config, text)
 
 def smooth(values, weight):
     """Exponential moving average that starts without bias."""

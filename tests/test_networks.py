@@ -91,6 +91,37 @@ def test_the_cifar10_network_has_the_parameters_of_the_paper():
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
 
 
+def test_multiply_adds_are_those_published():
+    """12.44 GFLOP a picture for the paper's network, that is 6.22 G multiply-adds; by hand for one layer."""
+    model = ddpm.build_model(ddpm.preset("cifar10"), 3, [])
+    assert round(ddpm.measure(model, torch.device("cpu"), "fp32")[0] / 1e9, 2) == 6.22
+    model = ddpm.build_model(ddpm.preset("animals_cnn"), 3, [])
+    model.forward = lambda x, t: model.conv_in(x)
+    assert ddpm.measure(model, torch.device("cpu"), "fp32")[0] == 3 * 32 * 9 * 64 * 64
+
+
+def test_bytes_kept_are_those_of_a_layer():
+    """A convolution keeps its input, SiLU its input: 3 and 32 planes of 64x64 floats a picture."""
+    model = ddpm.build_model(ddpm.preset("animals_cnn"), 3, [])
+    model.forward = lambda x, t: F.silu(model.conv_in(x))
+    assert ddpm.measure(model, torch.device("cpu"), "fp32")[1] == (3 + 32) * 64 * 64 * 4
+
+
+def test_recomputing_changes_no_gradient():
+    """Dropout draws the same numbers when a stage is computed again; less is kept for going back."""
+    gradients, kept = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = randomise(ddpm.UNet(3, 8, (1, 2), 2, attention_stages=(1,), dropout=0.5), scale=0.1).train()
+        model.recompute, model.channels, model.image_size = again, 3, 16
+        kept.append(ddpm.measure(model, torch.device("cpu"), "fp32")[1])
+        torch.manual_seed(1)
+        model(torch.randn(2, 3, 16, 16), torch.tensor([3, 9])).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 2
+
+
 # ---- all three
 
 

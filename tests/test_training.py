@@ -1,8 +1,10 @@
 """Training through the real command line: exact resuming, files, averages, slices, stops and failures."""
 
 import copy
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -455,6 +457,51 @@ def test_a_new_run_keeps_the_earlier_model(train, tmp_path, capsys):
 def test_a_dry_run_writes_no_model(train, tmp_path, capsys):
     assert train("--dry_run") == 0
     assert "(4, 3, 16, 16)" in capsys.readouterr().out and not list(tmp_path.rglob("*.pt"))
+
+
+def test_stages_are_recomputed_where_memory_is_short(train, tmp_path, capsys, monkeypatch):
+    """It is said beforehand, and the model is the same bit for bit."""
+    assert train("--steps 3 --dropout 0.2") == 0
+    plain = checkpoint(tmp_path / "run" / "model.pt")["weights"]
+    assert "computed again" not in capsys.readouterr().out
+    monkeypatch.setattr(ddpm, "free_memory", lambda device: 10**6)
+    assert train("--steps 3 --dropout 0.2") == 0
+    assert "0.001 GB free; too much, so stages are computed again" in capsys.readouterr().out
+    short = checkpoint(tmp_path / "run" / "model.pt")["weights"]
+    assert all(torch.equal(plain[k], short[k]) for k in plain)
+
+
+def test_the_banner_says_what_the_run_costs(train, capsys):
+    assert train("--dry_run") == 0
+    said = capsys.readouterr().out
+    for pattern in (r"[\d,]+ parameters, [\d.e-]+ G multiply-adds and [\d.]+ MB a picture",
+                    r"memory    about [\d.e-]+ GB a step, [\d.]+ GB free", r"device    cpu \(.+ threads\), fp32",
+                    r"peak memory \d+ MB"):
+        assert re.search(pattern, said), pattern
+
+
+def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train("--steps 9 --sample_every 6 --holdout 0.2 --logger tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "samples" / "tensorboard")).Reload()
+    tags, (_, rows) = events.Tags(), metrics(tmp_path / "run" / "samples")
+    assert {*tags["scalars"]} == {"loss", "lr", "grad_norm", "pictures_per_s", "memory_mb", "epoch", "held_out_loss",
+                                  *(f"loss/quarter_{q}" for q in (1, 2, 3, 4))}
+    assert [e.step for e in events.Scalars("loss")] == [row["step"] for row in rows]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
+    assert {*tags["images"]} == {"compared", "generated"}
+    shown = Image.open(io.BytesIO(events.Images("generated")[-1].encoded_image_string))
+    grid = next(tmp_path.rglob("generated_epoch*.png"))
+    assert shown.size == Image.open(grid).size
+
+
+@pytest.mark.parametrize("logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_tracker_that_is_not_installed_is_named(train, tmp_path, capsys, monkeypatch, logger, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert train("--steps 1 --logger", logger) == 1
+    assert f"pip install {logger}" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_checkpoints_carry_plain_names_and_values(trained):
