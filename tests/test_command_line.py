@@ -25,6 +25,7 @@ CHOICES = {
     "attention": ["full", "linear", "none"],
     "optimizer": ["adam", "adamw"],
     "lr_schedule": ["constant", "cosine"],
+    "logger": ["none", "tensorboard"],
     "precision": ["auto", "fp32", "bf16"],
     "device": ["auto", "cpu"],
     "sampler": ["ddpm", "ddim", "dpm++"],
@@ -53,7 +54,7 @@ def said_once(capsys, what=""):
 
 
 def test_the_choices_tested_here_are_those_of_the_program(main, capsys):
-    here_or_not = {"precision": {"fp16"}, "device": {"cuda", "mps"}}
+    here_or_not = {"precision": {"fp16"}, "device": {"cuda", "mps"}, "logger": {"wandb"}}
     for name, values in CHOICES.items():
         assert main("--mode train", f"--{name}", "wavy") == 2
         offered = re.search(r"choose from ([^)]*)", said_once(capsys))[1]

@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from conftest import randomise
 
 import ddpm
@@ -122,6 +123,62 @@ def test_recomputing_changes_no_gradient():
     assert kept[1] < kept[0] / 2
 
 
+UNETS = [name for name in ddpm.PRESETS if ddpm.preset(name).arch == "unet"]
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_the_unet_of_a_preset_has_as_many_parameters_as_diffusers_would(name):
+    """Pixels that are folded are more channels to diffusers; the label table is ours alone."""
+    c, labels = ddpm.preset(name), ["a", "b", "c"]
+    ours = ddpm.build_model(c, 3, labels)
+    widths = [c.channels * m for m in c.channel_mults]
+    at = [c.attention != "none" and side in c.attention_at for side in ddpm.stage_sides(c)]
+    kinds = ["Attn" if there else "" for there in at]
+    theirs = diffusers.UNet2DModel(
+        in_channels=3 * c.patch**2,
+        out_channels=3 * c.patch**2,
+        layers_per_block=c.res_blocks,
+        block_out_channels=widths,
+        down_block_types=[f"{k}DownBlock2D" for k in kinds],
+        up_block_types=[f"{k}UpBlock2D" for k in kinds[::-1]],
+        norm_num_groups=4,
+        attention_head_dim=None,
+        add_attention=c.attention != "none",
+    )
+    table = (len(labels) + 1) * 4 * c.channels
+    assert sum(p.numel() for p in ours.parameters()) == table + sum(p.numel() for p in theirs.parameters())
+
+
+def embedding_size(channels, width, outputs):
+    """Weights of the time MLP, and of the layer that gives each block its share of the embedding."""
+    return (channels + 1) * width + (width + 1) * width + sum((width + 1) * c for c in outputs)
+
+
+@pytest.mark.parametrize("name", ("animals_cnn", "flowers_simple"))
+def test_the_simple_network_has_the_parameters_of_its_description(name):
+    """32-64-128-256-512: 4x4 down, 4x4 up, 3x3 merging what joins; two more a channel for each BatchNorm."""
+    down = sum(16 * c * 2 * c + 2 * c + 4 * c for c in (32, 64, 128, 256))
+    up = sum(16 * 2 * c * c + c + 2 * c for c in (32, 64, 128, 256))
+    merge = sum(9 * 2 * c * c + c + 2 * c for c in (32, 64, 128, 256))
+    ends = 9 * 3 * 32 + 32 + 9 * 32 * 3 + 3
+    emb = embedding_size(32, 128, [64, 128, 256, 512, *(32, 64, 128, 256) * 2])
+    model = ddpm.build_model(ddpm.preset(name), 3, [])
+    assert sum(p.numel() for p in model.parameters()) == down + up + merge + ends + emb
+
+
+def test_the_resnet_has_the_parameters_of_torchvision_and_a_mirror():
+    widths = (64, 64, 128, 256, 512)
+    encoder = sum(p.numel() for p in torchvision.models.resnet18().parameters()) - 513 * 1000  # less its fc
+    attention = sum(2 * c + (c + 1) * 4 * c for c in widths)
+    pairs = list(zip(widths, widths[1:]))
+    up = sum(16 * b * a + a + 2 * a for a, b in pairs) + 16 * 64 * 64 + 64 + 128
+    merge = sum(9 * 2 * a * a + a + 2 * a for a, _ in pairs)
+    emb = embedding_size(128, 256, [*widths, *widths[:-1], *widths[:-1], 64])
+    model = ddpm.build_model(ddpm.preset("cifar10_resnet18"), 3, [])
+    last = 9 * 67 * 3 + 3
+    assert sum(p.numel() for p in model.parameters()) == encoder + attention + up + merge + emb + last
+
+
 # ---- all three
 
 
@@ -233,3 +290,25 @@ def test_four_pictures_are_learned_by_heart(make, steps):
         loss.backward()
         optimizer.step()
     assert loss < 0.05
+
+
+SCHEDULES, PREDICTIONS, LOSSES = (ddpm.FIELDS[name].metadata["choices"] for name in ("schedule", "predict", "loss"))
+
+
+@pytest.mark.parametrize("make", [unet, linear_unet, simple, ddpm.ResNetUNet], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_any_combination_of_schedule_prediction_and_loss_learns(make, schedule, predict, loss):
+    """A few steps on one batch at a fixed timestep lower its loss."""
+    model, size = build(make, 1, 2).train(), 32 if make is ddpm.ResNetUNet else 16
+    diffusion = ddpm.Diffusion(ddpm.make_betas(schedule, 50), predict, loss)
+    x0, eps = torch.rand(4, 1, 1, 1) * 2 - 1 + torch.zeros(4, 1, size, size), torch.randn(4, 1, size, size)
+    t, y = torch.tensor([5, 20, 30, 45]), torch.tensor([0, 1, -1, 0])
+    optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    for _ in range(4):
+        losses.append(diffusion.loss(model, x0, t, eps, y).mean())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1].isfinite() and losses[-1] < losses[0]
