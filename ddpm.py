@@ -920,8 +920,8 @@ class Clock:
         self.step, self.before, self.started = 0, 0.0, time.monotonic()
         # Seconds to set aside for the last pictures, which --minutes includes: as measured, or until then by
         # the evaluations that they take, each worth half of what it costs to train on a picture.
-        self.ending, guided = None, config.guidance != 1
-        self.ending_in_steps = config.num_samples * config.sampling_steps * (1 + guided) / config.batch_size / 2
+        self.ending, evaluations = None, config.num_samples * config.sampling_steps
+        self.ending_in_steps = evaluations * (1 if config.guidance == 1 else 2) / config.batch_size / 2
 
     def seconds(self):
         return self.before + time.monotonic() - self.started
@@ -1454,8 +1454,10 @@ def spread(items, n):
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
 def grid_columns(n, classes):
-    """Columns in a grid of n pictures: one a class where that fits, else about as many as rows."""
-    return len(classes) if 2 <= len(classes) <= min(n, 12) else math.ceil(math.sqrt(n))
+    """Columns in a grid of n pictures: one a class where that fits, else about as many as rows, and full."""
+    root = math.ceil(math.sqrt(n))
+    full = next((columns for columns in range(root, 2 * root) if n % columns == 0), root)
+    return len(classes) if 2 <= len(classes) <= min(n, 12) else full
 
 def to_images(pixels):
     """(N, C, H, W) uint8 -> PIL pictures, grey or in colour."""
@@ -1551,31 +1553,29 @@ def plot_chain(way, path, config, text=None):
     rows = torch.stack([way[i][1][:5] for i in some], dim=1)  # (n, columns, C, H, W)
     return plot_rows(dict(enumerate(rows)), titles, path, config, text)
 
-def smooth(values, weight):
-    """Exponential moving average that starts without bias."""
-    total, norm, out = 0, 0, []
-    for v in values:
-        total, norm = weight * total + v, weight * norm + 1
-        out.append(total / norm)
-    return out
+def smooth(values):
+    """The mean of each value and its neighbours: as many on either side, up to one in forty of all."""
+    reach = [min(i, len(values) - 1 - i, len(values) // 40) for i in range(len(values))]
+    return [np.mean(values[i - n : i + n + 1]) for i, n in enumerate(reach)]
 
 def plot_loss(rows, path):
     """The loss, held-out too, and by quarter of the timesteps. rows: lines of metrics.jsonl."""
     figure, (left, right) = plot_pair(["loss", "loss by quarter of the timesteps"], "step")
     lines, held = [r for r in rows if "loss" in r], [r for r in rows if "held_out_loss" in r]
     steps, loss = [r["step"] for r in lines], [r["loss"] for r in lines]
-    weight = 0.9 if len(lines) > 30 else 0.5
     left.plot(steps, loss, color=COLOURS[0], alpha=0.25, lw=1)
-    left.plot(steps, smooth(loss, weight), color=COLOURS[0], lw=2, label="training, smoothed")
+    left.plot(steps, smooth(loss), color=COLOURS[0], lw=2, label="training, smoothed")
     if held:
         left.plot([r["step"] for r in held], [r["held_out_loss"] for r in held], "o-", color=COLOURS[1], ms=4,
                   label="held out (EMA weights)")
     for q, name in enumerate(("t < T/4: detail", "T/4 to T/2", "T/2 to 3T/4", "t > 3T/4: composition")):
         known = [(r["step"], r["loss_quarters"][q]) for r in lines if r["loss_quarters"][q] is not None]
-        x, y = [s for s, _ in known], smooth([v for _, v in known], weight)
+        x, y = [s for s, _ in known], smooth([v for _, v in known])
         right.plot(x, y, color=COLOURS[q], lw=1.8, label=name)
     for a in (left, right):
         a.set_yscale("log")
+        low, high = a.get_ylim()
+        a.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}" if high < 10 * low else "")
         a.legend(fontsize=8, frameon=False)
     return save_figure(figure, path)
 
