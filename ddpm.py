@@ -94,7 +94,7 @@ class Config:
     patch: int = flag(2, "side of the squares of pixels that are folded into channels at first (unet)", 1, 16)
     res_blocks: int = flag(1, "residual blocks a stage going down; one more going up (unet)", 1, 16)
     attention: str = flag("full", "kind, in the stages of --attention_at (unet)", choices="full linear none")
-    attention_at: tuple[int, ...] = flag((8, 4), "sides of the stages with attention, pixels (unet)", 1, 1024)
+    attention_at: tuple[int, ...] = flag((), "sides of stages with attention (default: last two)", 1, 1024)
     dropout: float = flag(0.0, "dropout inside residual blocks (unet)", 0, 0.95)
     class_cond: bool = flag(True, "learn the classes, where the data has two or more")
     label_dropout: float = flag(0.1, "share of training pictures whose label is hidden, for --guidance", 0, 1)
@@ -605,7 +605,8 @@ def build_model(config, image_channels, classes):
     elif c.arch == "resnet18":
         model = ResNetUNet(image_channels, len(classes), c.pretrained)
     else:
-        stages = [i for i, side in enumerate(stage_sides(c)) if side in c.attention_at]
+        at = c.attention_at or stage_sides(c)[-2:]
+        stages = [i for i, side in enumerate(stage_sides(c)) if side in at]
         model = UNet(image_channels, c.channels, c.channel_mults, c.res_blocks, c.attention, stages,
                      c.dropout, len(classes), c.patch)
     model.image_size, model.channels, model.classes = network_size(c), image_channels, list(classes)
@@ -1015,7 +1016,9 @@ def train(config):
         clock.step, clock.before = resumed["step"], resumed["seconds"]
         origin = f"resuming  {path} at step {clock.step}"
     costs = measure(model, device, precision)
-    memory = costs[1] * config.batch_size // slices + 20 * sum(p.numel() for p in model.parameters())
+    # A step takes half as much again as it keeps for going back; a weight with its gradient, average and
+    # optimiser's moments is five floats.
+    memory = 1.5 * costs[1] * config.batch_size / slices + 20 * sum(p.numel() for p in model.parameters())
     model.recompute = config.arch == "unet" and memory > 0.7 * free_memory(device)
     diffusion = make_diffusion(config, device)
     net = torch.compile(model) if config.compile else model
@@ -1024,8 +1027,9 @@ def train(config):
     if rank == 0:
         madds, kept = costs
         cost = f"{madds / 1e9:.3g} G multiply-adds and {kept / 1e6:.3g} MB a picture"
-        again = "; too much, so stages are computed again going back" * model.recompute
-        space = f"about {memory / 1e9:.2g} GB a step, {free_memory(device) / 1e9:.3g} GB free{again}"
+        again = "; too much, so stages are computed again going back, for two thirds of it" * model.recompute
+        short = f"; try --grad_accum {2 * config.grad_accum}" * (memory > free_memory(device))
+        space = f"about {memory / 1e9:.2g} GB a step, {free_memory(device) / 1e9:.3g} GB free{again}{short}"
         machine = f"{describe(device)}, {precision}, processes {world}, torch {torch.__version__}"
         banner(config, images, model, clock, cost, f"{machine}\nmemory    {space}", origin)
     if config.dry_run:
@@ -1618,7 +1622,7 @@ def parse(argv):
             default = f.default
             if isinstance(default, tuple):
                 more["nargs"], default = "+", " ".join(map(str, default))
-            said += "" if default is None else f" (default: {default})"
+            said += "" if default in (None, "") else f" (default: {default})"
             section.add_argument(f"--{name}", help=said, **more)
     # Flags may be written with - for _, and lists with commas.
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]

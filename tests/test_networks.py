@@ -132,7 +132,8 @@ def test_the_unet_of_a_preset_has_as_many_parameters_as_diffusers_would(name):
     c, labels = ddpm.preset(name), ["a", "b", "c"]
     ours = ddpm.build_model(c, 3, labels)
     widths = [c.channels * m for m in c.channel_mults]
-    at = [c.attention != "none" and side in c.attention_at for side in ddpm.stage_sides(c)]
+    sides = ddpm.stage_sides(c)
+    at = [c.attention != "none" and side in (c.attention_at or sides[-2:]) for side in sides]
     kinds = ["Attn" if there else "" for there in at]
     theirs = diffusers.UNet2DModel(
         in_channels=3 * c.patch**2,
