@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -40,17 +41,16 @@ FLAGS = {  # settings of ddpm.py that can be given here
     "as the model's checkpoint has it, unless given": [
         "data_path", "download_dir", "num_samples", "sample_batch_size", "sampler", "sampling_steps", "eta",
         "classes", "guidance", "ema", "seed", "device", "precision"]}
-class Unavailable(UserError):
-    """Something that can be done without."""
-
 COMPARED = 1000  # at most so many samples, and as many real pictures, are held against the training pictures
+
+class Unavailable(UserError):
+    """Something is missing that the rest can do without."""
 
 # -------------------------------------------------------------------------------- bits per dimension and loss
 
 def strata(T, n):
-    """The timesteps 0..T-1 as ranges (first, beyond): t = 0 alone, and n ranges that share the others. They
-    are shorter towards t = 1, where the bound's terms are largest; every one is a single timestep if n >=
-    T-1."""
+    """The timesteps 0..T-1 as ranges (first, beyond): t = 0 alone, and n that share the others, shorter
+    towards t = 1, where the bound's terms are largest. From n = T-1 on, every timestep is a range."""
     n = min(n, T - 1)
     k = np.arange(n + 1)
     edges = 1 + np.maximum(k, np.round((T - 1) * (k / n) ** 2)).astype(int)
@@ -58,18 +58,18 @@ def strata(T, n):
 
 def step_term(diffusion, x0, guess, t):
     """KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of Ho et al. 2020, eq. 5, for t >= 1, in nats a picture:
-    (n,) float64. Both Gaussians have the posterior's variance (fixed-small), which leaves half of what SNR
-    loses in the step times the error of the guess (Kingma et al. 2021). x0, guess: (n, C, H, W); t: (n,) on
-    the CPU."""
+    (n,) float64. Both Gaussians have the posterior's variance (fixed-small); what is left is the squared
+    error of the guess times half of what SNR loses (Kingma et al. 2021). x0, guess: (n, C, H, W); t: (n,)."""
     snr = diffusion.abar[:-1] / (1 - diffusion.abar[:-1])  # (T,)
     return (snr[t - 1] - snr[t]) / 2 * (x0 - guess).square().flatten(1).sum(1).cpu().double()
 
 def decoder_term(x0, mean, std):
     """-log p(x_0 | x_1) in nats, (N, C, H, W) float64: a Gaussian's mass in the bin of 2/255 around x0, where
     the bins at -1 and 1 reach to infinity (Ho et al. 2020, eq. 13)."""
-    x0, mean = x0.cpu().double(), mean.cpu().double()
-    low = torch.where(x0 < -0.999, -math.inf, (x0 - mean - 1 / 255) / std)
-    high = torch.where(x0 > 0.999, math.inf, (x0 - mean + 1 / 255) / std)
+    pixels = ddpm.to_pixels(x0).cpu().double()
+    error = pixels / 127.5 - 1 - mean.cpu().double()
+    low = torch.where(pixels == 0, -math.inf, (error - 1 / 255) / std)
+    high = torch.where(pixels == 255, math.inf, (error + 1 / 255) / std)
     right = low + high > 0  # where a distribution function rounds to 1: mirror it to the left tail
     low, high = torch.where(right, -high, low), torch.where(right, -low, high)
     a, b = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
@@ -101,15 +101,16 @@ def measure(model, diffusion, x0, y, rows, parts, seed, precision):
     return prior_term(diffusion, x0), torch.stack(terms), torch.stack(losses)
 
 def summarise(prior, terms, losses, parts, values):
-    """Figures from what `measure` returns: means over pictures; nats become bits per dimension of `values`."""
+    """Figures from what `measure` returns: means over pictures, in bits per dimension of so many values."""
     width = torch.tensor([beyond - first for first, beyond in parts]).double()[:, None]
     bits = torch.cat([prior[None], terms * width]) / math.log(2) / values  # (1 + strata, n)
     total, (prior, decoder, *steps), loss = bits.sum(0), bits.mean(1).tolist(), losses.mean(1)
     curve = [dict(first=first, last=beyond - 1, bits=b, loss=v)
              for (first, beyond), b, v in zip(parts, [decoder, *steps], loss.tolist())]
-    return dict(pictures=len(total), bits=total.mean().item(), prior=prior, steps=sum(steps), decoder=decoder,
-                bits_error=total.std().item() / len(total) ** 0.5 if len(total) > 1 else None,
-                loss=((loss * width[:, 0]).sum() / width.sum()).item(), by_timestep=curve)
+    n, error = len(total), total.std().item() / len(total) ** 0.5 if len(total) > 1 else None
+    return dict(pictures=n, bits=total.mean().item(), bits_error=error, prior=prior, steps=sum(steps),
+                decoder=decoder, loss=((loss * width[:, 0]).sum() / width.sum()).item(),
+                by_timestep=curve)
 
 def plot_by_timestep(sets, path):
     """Loss and bits by timestep, a line for each set of figures {name: figures}. Returns the path."""
@@ -171,8 +172,10 @@ def copying(samples, images, config, device, path):
     shown = pick(images, rows[:n]).cpu()
     shown = torch.where(mirrored[:n, None, None, None], shown.flip(3), shown)
     pairs = torch.stack([samples[:n], shown], 1).unflatten(0, (-1, min(n, 4))).flatten(1, 2)  # rows of pairs
-    figures = dict(samples=len(distance), share=(distance < usual).double().mean().item(),
-                   median=distance.median().item(), others=len(others), others_median=usual,
+    alone = math.isinf(usual)  # a single training picture, and none held out
+    figures = dict(samples=len(distance), share=None if alone else (distance < usual).double().mean().item(),
+                   median=distance.median().item(), others=len(others),
+                   others_median=None if alone else usual,
                    others_are="held-out" if len(images.held_out) else "training",
                    first=[dict(distance=d, row=r) for d, r in zip(distance[:n].tolist(), rows[:n].tolist())])
     return figures, ddpm.plot_rows(pairs, ["sample", "nearest"] * min(n, 4), path, config)
@@ -197,7 +200,8 @@ def load_features(path, example, device):
     be trusted."""
     require(Path(path).is_file(), f"No file {path}: give --features the path of a TorchScript network.")
     try:
-        with warnings.catch_warnings(action="ignore"):  # newer versions of PyTorch prefer torch.export
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # newer versions of PyTorch prefer torch.export
             net = torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError):
         raise UserError(f"{path} is not TorchScript, or damaged: write one with "
@@ -231,12 +235,14 @@ def distances(features, samples, images, sets, config):
     figures}."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
+    sets = {name: rows for name, rows in sets.items() if len(rows) > 1}  # or there is no covariance
     same, meters, found = nn.Identity(), {}, {}  # the features come from outside, once for both
     same.num_features = features(ddpm.crop(samples[:2], config)).shape[1]
     for name, rows in sets.items():
         size = min(1000, len(rows), len(samples))
         subsets = 100 if size < max(len(rows), len(samples)) else 1  # of everything there is only one
-        with warnings.catch_warnings(action="ignore"):  # about memory
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about memory
             kid = KernelInceptionDistance(feature=same, subsets=subsets, subset_size=size)
         meters[name] = FrechetInceptionDistance(feature=same), kid
 
@@ -244,7 +250,7 @@ def distances(features, samples, images, sets, config):
         order = torch.from_numpy(np.random.default_rng(config.seed).permutation(rows)).to(pixels.device)
         for i, some in enumerate(tqdm(order.split(64), "features", leave=False, delay=2)):
             f = features(ddpm.crop(pixels[some], config)).float().cpu()
-            for meter in (meters[name][k] for name in names for k in range(2 if i < 157 else 1)):
+            for meter in (meters[name][k] for name in names for k in range(2 if i * 64 < 10_000 else 1)):
                 meter.update(f, real=real)
 
     show(samples, np.arange(len(samples)), sets, False)
@@ -275,6 +281,12 @@ def draw_all(model, diffusion, config, precision):
     dist.destroy_process_group()
     return torch.stack([shares[i % world][i // world] for i in range(len(labels))]) if rank == 0 else None
 
+def say(name, text):
+    """Print a line, or a few, of what there is to know; nothing for no text."""
+    if text:
+        whole = dict(break_long_words=False, break_on_hyphens=False)  # paths
+        print(textwrap.fill(f"{name:9} {text}", 100, subsequent_indent=" " * 10, **whole))
+
 ROWS = [  # of the table: name, figure, its format, the figure for +-
     ("pictures measured", "pictures", ",", None), ("bits per dimension", "bits", ".3f", "bits_error"),
     ("  prior, L_T", "prior", ".2g", None), ("  steps, L_1 to L_T-1", "steps", ".3f", None),
@@ -290,27 +302,28 @@ def print_table(sets):
                  if key in f else "" for f in sets.values()]
         if any(cells):
             print(f"{name:22}", *(f"{cell:>20}" for cell in cells))
+    print()
 
 def doubts(images, checkpoint, found, samples):
     """What has to be known to read the figures: sentences."""
     was = checkpoint.get("data")
     if not len(images.held_out):
-        yield "no picture was held out of training (--holdout): figures of training pictures flatter the model"
+        yield "no picture was held out of training (--holdout): figures of training pictures flatter"
     if not was:
         yield "the model does not say which pictures it was trained on"
     elif was != images.fingerprint:
         yield (f"the model was trained on other pictures ({was}; here {images.fingerprint}): held out and "
                "training mean nothing to it")
     if any(f["bits"] > 8 for f in found.values()):
-        yield ("above 8 bits the bound says nothing: at the least noise the network's x0 is coarser than DDPM's "
+        yield ("above 8 bits the bound says nothing: at the least noise the network's x0 is coarser than the "
                "decoder expects, as is usual with --predict x0; the samples can be good all the same")
     for name, f in found.items():
         if "fid" in f and (n := min(samples, f["reference"])) <= f["features"]:
-            yield (f"FID, {name}: {n:,} pictures are too few for the covariance of {f['features']:,} features, "
-                   "and the figure compares with no other; look at KID")
+            yield (f"FID, {name}: {n:,} pictures do not fix the covariance of {f['features']:,} features, "
+                   "so that the figure compares with no other; look at KID")
 
 def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
-    """Measure a model, print a table, write pictures and evaluation.json. Returns what is in that file, None in
+    """Measure a model, print a table, write pictures and evaluation.json. Returns what that file has, None in
     processes other than the first. given: settings in FLAGS that differ from the checkpoint's; features: path
     of a TorchScript network; bpd_timesteps, bpd_pictures: how finely to measure the bound."""
     path = ddpm.find_model(ddpm.override(ddpm.Config(), **given))
@@ -330,7 +343,7 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
                 f"those in {c.data_path} have {images.channels}: give the --data_path of its training.")
         network, missing = choose_features(features, images, c, device) if compare else (None, None)
         if missing:
-            print(f"note: {missing}")
+            say("note", missing)
     samples = draw_all(model, diffusion, c, precision)
     if not first:
         return None
@@ -354,7 +367,7 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         found[name] |= figures
 
     # ---- say it
-    digest, n = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12], copies["samples"]
+    digest, k = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12], copies
     at = "every timestep" if len(parts) == diffusion.T else (
         f"t = 0 and {len(parts) - 1} ranges of timesteps, a picture at a random one of each")
     result = dict(
@@ -362,21 +375,25 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         pictures=f"{c.data_path}, {c.image_size}x{c.image_size}: {images.fingerprint}",
         samples=f"{len(samples):,}: {c.sampler}, {c.sampling_steps} steps, trailing spacing, x0 clipped, "
                 f"guidance {c.guidance:g}, seed {c.seed}, classes {c.classes or 'all'}",
-        bound=f"{values:,} values a picture; {at};\n{'':9} variance fixed-small, at t = 0 that of t = 1; x0 "
-              "clipped; true labels; +- is the standard error over pictures",
+        bound=f"{values:,} values a picture; {at}; variance fixed-small, at t = 0 that of t = 1; x0 clipped; "
+              "labels given, no guidance; +- is the standard error over pictures",
         features=network and f"{features or 'Inception'}; KID +- is the deviation of its subsets",
-        device=f"{ddpm.describe(device)}, {precision}")
-    print(*(f"{name:9} {value}" for name, value in result.items() if value), sep="\n")
+        device=f"{ddpm.describe(device)}, {precision}",
+        copies=k["share"] is not None and (
+            f"{k['share']:.0%} of {k['samples']:,} samples are nearer to a training picture than the median "
+            f"of {k['others']:,} {k['others_are']} pictures is (root mean square in grey levels: samples "
+            f"{k['median']:.1f}, {k['others_are']} {k['others_median']:.1f}). New pictures give about 50 %, "
+            "copies 100 %; blurred ones are near to everything"))
+    for name, text in result.items():
+        say(name, text)
     print_table(found)
-    print(f"\n{copies['share']:.0%} of {n:,} samples are nearer to a training picture than the median of "
-          f"{copies['others']:,} {copies['others_are']}\npictures is (root mean square in grey levels: samples "
-          f"{copies['median']:.1f}, {copies['others_are']} {copies['others_median']:.1f}). New pictures give\n"
-          "about 50 %, copies 100 %.\n")
     notes = [missing] * bool(missing) + [*doubts(images, checkpoint, found, len(samples))]
-    print(*(f"note: {note}" for note in notes), sep="\n")
+    for text in notes:
+        say("note", text)
     result |= dict(
-        sets=found, copying=copies, notes=notes, num_samples=len(samples), ema=c.ema, torch=torch.__version__,
-        torchvision=torchvision.__version__, python=platform.python_version(), config=dataclasses.asdict(c))
+        sets=found, copying=copies, notes=notes, num_samples=len(samples), ema=c.ema,
+        config=dataclasses.asdict(c), torch=torch.__version__, torchvision=torchvision.__version__,
+        python=platform.python_version())
     text = json.dumps(result, indent=1).encode()
     ddpm.print_files([*files, pairs, ddpm.atomic_write(folder / "evaluation.json", lambda f: f.write(text))])
     return result
@@ -385,10 +402,10 @@ def main(argv=None):
     """Run a command line and return its exit code."""
     parser = ddpm.Parser("evaluate.py", allow_abbrev=False, description=__doc__.splitlines()[0])
     own = parser.add_argument_group("measuring; FID and KID come with --num_samples or --features")
-    own.add_argument("--features", metavar="FILE", help="TorchScript network for FID and KID, not Inception: "
-                     "float32 pictures (N, C, H, W) in [-1, 1] to (N, D). Its code is run: it has to be trusted")
-    own.add_argument("--bpd_timesteps", type=int, default=50, metavar="N", help="ranges of timesteps, of which "
-                     "bound and loss look at one each; from T - 1 on, at every timestep (default: 50)")
+    own.add_argument("--features", metavar="FILE", help="TorchScript network for FID and KID: float32 "
+                     "pictures (N, C, H, W) in [-1, 1] to (N, D). Its code is run, so you have to trust it")
+    own.add_argument("--bpd_timesteps", type=int, default=50, metavar="N", help="ranges of timesteps; "
+                     "bound and loss look at one of each, and at all of them from T - 1 on (default: 50)")
     own.add_argument("--bpd_pictures", type=int, default=64, metavar="N",
                      help="pictures held out, and as many trained on, to measure (default: 64)")
     given = ddpm.parse(parser, FLAGS, sys.argv[1:] if argv is None else argv)
