@@ -372,21 +372,23 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         f"t = 0 and {len(parts) - 1} ranges of timesteps, a picture at a random one of each")
     result = dict(
         model=f"{Path(path).resolve()} ({digest}), {'averaged (EMA)' if c.ema else 'plain'} weights",
-        pictures=f"{c.data_path}, {c.image_size}x{c.image_size}: {images.fingerprint}",
+        pictures=f"{c.data_path}, {c.image_size}x{c.image_size}: {len(images.train):,} trained on, "
+                 f"{len(images.held_out):,} held out ({images.fingerprint})",
         samples=f"{len(samples):,}: {c.sampler}, {c.sampling_steps} steps, trailing spacing, x0 clipped, "
                 f"guidance {c.guidance:g}, seed {c.seed}, classes {c.classes or 'all'}",
         bound=f"{values:,} values a picture; {at}; variance fixed-small, at t = 0 that of t = 1; x0 clipped; "
               "labels given, no guidance; +- is the standard error over pictures",
         features=network and f"{features or 'Inception'}; KID +- is the deviation of its subsets",
-        device=f"{ddpm.describe(device)}, {precision}",
-        copies=k["share"] is not None and (
-            f"{k['share']:.0%} of {k['samples']:,} samples are nearer to a training picture than the median "
-            f"of {k['others']:,} {k['others_are']} pictures is (root mean square in grey levels: samples "
-            f"{k['median']:.1f}, {k['others_are']} {k['others_median']:.1f}). New pictures give about 50 %, "
-            "copies 100 %; blurred ones are near to everything"))
+        device=f"{ddpm.describe(device)}, {precision}")
     for name, text in result.items():
         say(name, text)
     print_table(found)
+    result["copies"] = k["share"] is not None and (
+        f"{k['share']:.0%} of {k['samples']:,} samples are nearer to a training picture than the median of "
+        f"{k['others']:,} {k['others_are']} pictures is (root mean square in grey levels: samples "
+        f"{k['median']:.1f}, {k['others_are']} {k['others_median']:.1f}). New pictures give about 50 %, copies "
+        "100 %; blurred ones are near to everything")
+    say("copies", result["copies"])
     notes = [missing] * bool(missing) + [*doubts(images, checkpoint, found, len(samples))]
     for text in notes:
         say("note", text)
@@ -394,8 +396,9 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         sets=found, copying=copies, notes=notes, num_samples=len(samples), ema=c.ema,
         config=dataclasses.asdict(c), torch=torch.__version__, torchvision=torchvision.__version__,
         python=platform.python_version())
-    text = json.dumps(result, indent=1).encode()
-    ddpm.print_files([*files, pairs, ddpm.atomic_write(folder / "evaluation.json", lambda f: f.write(text))])
+    written = json.dumps(result, indent=1).encode()
+    files += [pairs, ddpm.atomic_write(folder / "evaluation.json", lambda f: f.write(written))]
+    ddpm.print_files(files)
     return result
 
 def main(argv=None):
@@ -404,8 +407,8 @@ def main(argv=None):
     own = parser.add_argument_group("measuring; FID and KID come with --num_samples or --features")
     own.add_argument("--features", metavar="FILE", help="TorchScript network for FID and KID: float32 "
                      "pictures (N, C, H, W) in [-1, 1] to (N, D). Its code is run, so you have to trust it")
-    own.add_argument("--bpd_timesteps", type=int, default=50, metavar="N", help="ranges of timesteps; "
-                     "bound and loss look at one of each, and at all of them from T - 1 on (default: 50)")
+    own.add_argument("--bpd_timesteps", type=int, default=50, metavar="N",
+                     help="ranges of timesteps: bound and loss look at one t of each (default: 50)")
     own.add_argument("--bpd_pictures", type=int, default=64, metavar="N",
                      help="pictures held out, and as many trained on, to measure (default: 64)")
     given = ddpm.parse(parser, FLAGS, sys.argv[1:] if argv is None else argv)
