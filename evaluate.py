@@ -112,6 +112,17 @@ def summarise(prior, terms, losses, parts, values):
                 decoder=decoder, loss=((loss * width[:, 0]).sum() / width.sum()).item(),
                 by_timestep=curve)
 
+def measure_rows(model, diffusion, images, rows, parts, config, precision):
+    """What `summarise` makes of the pictures in some rows, which are measured a few at a time."""
+    index = [model.classes.index(k) if k in model.classes else -1 for k in images.class_names] + [-1]
+    labels = torch.tensor(index)[images.labels]  # as the model counts classes
+    device, found = next(model.parameters()).device, []
+    for some in tqdm(np.array_split(rows, math.ceil(len(rows) / 32)), "measuring", leave=False):
+        x0, y = images.take(some, device)[0], labels[torch.from_numpy(some)].to(device)
+        found.append(measure(model, diffusion, x0, y, some, parts, config.seed, precision))
+    values = model.channels * config.image_size**2  # a border counts as part of the picture
+    return summarise(*(torch.cat(part, -1) for part in zip(*found)), parts, values)
+
 def plot_by_timestep(sets, path):
     """Loss and bits by timestep, a line for each set of figures {name: figures}. Returns the path."""
     figure, axes = ddpm.plot_pair(["loss", "bits per dimension of one timestep"], "timestep t")
@@ -212,7 +223,7 @@ def load_features(path, example, device):
         good = out.ndim == 2 and len(out) == len(example) and out.isfinite().all()
         found = f"returns {tuple(out.shape)} for" if good or out.isfinite().all() else "is not finite on"
     except Exception as e:  # it is anybody's code
-        good, found = False, f"fails ({str(e).strip().splitlines()[-1]}) on"
+        good, found = False, f"fails ({(str(e).strip() or repr(e)).splitlines()[-1]}) on"
     require(good, f"The network in {path} {found} pictures {shape}: it has to return (pictures, features).")
     return features
 
@@ -334,6 +345,7 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     compare = features or "num_samples" in given
     require(c.num_samples > 1 or not compare, "--num_samples 1: FID and KID need two pictures or more.")
     require(min(bpd_timesteps, bpd_pictures) > 0, "--bpd_timesteps and --bpd_pictures: give 1 or more.")
+    ddpm.keep_memory()
     device, first = ddpm.choose_device(c.device), os.environ.get("RANK", "0") == "0"
     precision = ddpm.choose_precision(c.precision, device)
     model, diffusion, stored = ddpm.load_model(path, device, c.ema)
@@ -351,16 +363,10 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     # ---- figures
     sets = {"held out": images.held_out, "training": images.train}
     sets = {name: rows for name, rows in sets.items() if len(rows)}
-    index = [model.classes.index(k) if k in model.classes else -1 for k in images.class_names] + [-1]
-    labels = torch.tensor(index)[images.labels].to(device)  # as the model counts classes
-    found, parts, folder = {}, strata(diffusion.T, bpd_timesteps), Path(c.samples_dir)
-    for name, rows in sets.items():
-        rows, measured = ddpm.spread(rows, bpd_pictures), []
-        for some in tqdm(np.array_split(rows, math.ceil(len(rows) / 32)), f"measuring, {name}", leave=False):
-            x0, y = images.take(some, device)[0], labels[torch.from_numpy(some)]
-            measured.append(measure(model, diffusion, x0, y, some, parts, c.seed, precision))
-        values = model.channels * c.image_size**2
-        found[name] = summarise(*(torch.cat(v, -1) for v in zip(*measured)), parts, values)
+    parts, folder = strata(diffusion.T, bpd_timesteps), Path(c.samples_dir)
+    some = {name: ddpm.spread(rows, bpd_pictures) for name, rows in sets.items()}
+    found = {name: measure_rows(model, diffusion, images, rows, parts, c, precision)
+             for name, rows in some.items()}
     files = [plot_by_timestep(found, folder / "loss_by_timestep.png")]
     copies, pairs = copying(samples, images, c, device, folder / "nearest.png")
     for name, figures in (distances(network, samples, images, sets, c) if network else {}).items():
@@ -376,8 +382,8 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
                  f"{len(images.held_out):,} held out ({images.fingerprint})",
         samples=f"{len(samples):,}: {c.sampler}, {c.sampling_steps} steps, trailing spacing, x0 clipped, "
                 f"guidance {c.guidance:g}, seed {c.seed}, classes {c.classes or 'all'}",
-        bound=f"{values:,} values a picture; {at}; variance fixed-small, at t = 0 that of t = 1; x0 clipped; "
-              "labels given, no guidance; +- is the standard error over pictures",
+        bound=f"{model.channels * c.image_size**2:,} values a picture; {at}; variance fixed-small, at t = 0 that "
+              "of t = 1; x0 clipped; labels given, no guidance; +- is the standard error over pictures",
         features=network and f"{features or 'Inception'}; KID +- is the deviation of its subsets",
         device=f"{ddpm.describe(device)}, {precision}")
     for name, text in result.items():
@@ -386,8 +392,8 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     result["copies"] = k["share"] is not None and (
         f"{k['share']:.0%} of {k['samples']:,} samples are nearer to a training picture than the median of "
         f"{k['others']:,} {k['others_are']} pictures is (root mean square in grey levels: samples "
-        f"{k['median']:.1f}, {k['others_are']} {k['others_median']:.1f}). New pictures give about 50 %, copies "
-        "100 %; blurred ones are near to everything")
+        f"{k['median']:.1f}, {k['others_are']} {k['others_median']:.1f}). New pictures give about 50 %, "
+        "copies 100 %; blurred ones are near to everything")
     say("copies", result["copies"])
     notes = [missing] * bool(missing) + [*doubts(images, checkpoint, found, len(samples))]
     for text in notes:
