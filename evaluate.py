@@ -189,7 +189,8 @@ def copying(samples, images, config, device, path):
                    others_median=None if alone else usual,
                    others_are="held-out" if len(images.held_out) else "training",
                    first=[dict(distance=d, row=r) for d, r in zip(distance[:n].tolist(), rows[:n].tolist())])
-    return figures, ddpm.plot_rows(pairs, ["sample", "nearest"] * min(n, 4), path, config)
+    rows = {" " * i: row for i, row in enumerate(pairs)}  # without a name
+    return figures, ddpm.plot_rows(rows, ["sample", "nearest"] * min(n, 4), path, config)
 
 # ------------------------------------------------------------------------------------------------ FID and KID
 
@@ -382,8 +383,8 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
                  f"{len(images.held_out):,} held out ({images.fingerprint})",
         samples=f"{len(samples):,}: {c.sampler}, {c.sampling_steps} steps, trailing spacing, x0 clipped, "
                 f"guidance {c.guidance:g}, seed {c.seed}, classes {c.classes or 'all'}",
-        bound=f"{model.channels * c.image_size**2:,} values a picture; {at}; variance fixed-small, at t = 0 that "
-              "of t = 1; x0 clipped; labels given, no guidance; +- is the standard error over pictures",
+        bound=f"{model.channels * c.image_size**2:,} values a picture; {at}; variance fixed-small, at t = 0 "
+              "that of t = 1; x0 clipped; labels given, no guidance; +- is the standard error over pictures",
         features=network and f"{features or 'Inception'}; KID +- is the deviation of its subsets",
         device=f"{ddpm.describe(device)}, {precision}")
     for name, text in result.items():

@@ -283,7 +283,7 @@ def test_samples_stand_beside_their_nearest(n, size, tmp_path, monkeypatch):
     monkeypatch.setattr(ddpm, "plot_rows", lambda rows, titles, *_: drawn.update(rows=rows, titles=titles))
     samples = images.pixels[torch.arange(n) % 5]
     evaluate.copying(samples, images, config(), "cpu", tmp_path / "n.png")
-    rows = drawn["rows"]
+    rows = torch.stack(list(drawn["rows"].values()))
     assert (rows.shape[1], rows.shape[0]) == size and len(drawn["titles"]) == size[0]
     assert torch.equal(rows[:, ::2], rows[:, 1::2])  # copies: each sample is its nearest
     assert torch.equal(rows[:, ::2].flatten(0, 1), samples[: size[0] * size[1] // 2])
