@@ -303,8 +303,8 @@ ROWS = [  # of the table: name, figure, its format, the figure for +-
     ("pictures measured", "pictures", ",", None), ("bits per dimension", "bits", ".3f", "bits_error"),
     ("  prior, L_T", "prior", ".2g", None), ("  steps, L_1 to L_T-1", "steps", ".3f", None),
     ("  decoder, L_0", "decoder", ".3f", None), ("loss", "loss", ".4g", None),
-    ("pictures for FID", "reference", ",", None), ("FID of the samples", "fid", ".2f", None),
-    ("KID of the samples", "kid", ".5f", "kid_error")]
+    ("pictures for FID", "reference", ",", None), ("FID of the samples", "fid", ".4g", None),
+    ("KID of the samples", "kid", ".4g", "kid_error")]
 
 def print_table(sets):
     """The figures of all sets {name: figures}, a column each; what was not measured is left out."""

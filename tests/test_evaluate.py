@@ -485,7 +485,7 @@ def test_one_command_says_it_all(run, half_held_out, tmp_path, capsys, script):
     assert found["torch"] == torch.__version__
     for figures in found["sets"].values():
         assert figures["pictures"] == 4 and figures["reference"] == 12 and len(figures["by_timestep"]) == 6
-        for key, form in (("bits", ".3f"), ("loss", ".4g"), ("fid", ".2f"), ("kid", ".5f")):
+        for key, form in (("bits", ".3f"), ("loss", ".4g"), ("fid", ".4g"), ("kid", ".4g")):
             assert f"{figures[key]:{form}}" in out
     for said in ("9: ddpm, 2 steps, trailing spacing, x0 clipped", "averaged (EMA)", "768 values a picture"):
         assert said in out
