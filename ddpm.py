@@ -1596,15 +1596,13 @@ class Parser(argparse.ArgumentParser):
         """One line and exit code 2, with the nearest flag for one that does not exist."""
         unknown = re.match(r"unrecognized arguments: (--\w+)", message)
         near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else "see python ddpm.py --help"
+        hint = f"did you mean {near[0]}?" if near else f"see python {self.prog} --help"
         print(f"error: {message}; {hint}", file=sys.stderr)
         raise SystemExit(2)
 
-def parse(argv):
-    """A command line as (mode, {setting: value} of those that it gives), by the fields of Config."""
-    parser = Parser("ddpm.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=("train", "sample"), required=True, help="learn, or draw pictures")
-    for group, names in GROUPS.items():
+def parse(parser, groups, argv):
+    """What a command line gives, {name: value}. groups: {heading: names of fields of Config}, each a flag."""
+    for group, names in groups.items():
         section = parser.add_argument_group(group)
         for name in names:
             f, said = FIELDS[name], FIELDS[name].metadata["meaning"].replace("%", "%%")
@@ -1628,22 +1626,12 @@ def parse(argv):
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
     argv = [part for a in argv for part in (a.split(",") if re.fullmatch(r"\d+(,\d+)+", a) else [a])]
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return given.pop("mode"), {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
-def main(argv=None):
-    """Run a command line and return its exit code. What the user can mend is told in a sentence."""
-    mode, given = parse(sys.argv[1:] if argv is None else argv)
+def run(work):
+    """Do a command's work and return its exit code. What the user can mend is told in a sentence."""
     try:
-        if mode == "sample":
-            path = find_model(override(Config(), **given))
-            here = dict(samples_dir=Config.samples_dir) | given  # not where the training run wrote
-            config = stored_config(read_checkpoint(path), path, here, FOR_SAMPLING)
-            sample(override(config, model_path=path))
-        elif "resume" in given:
-            path, checkpoint = find_resume(override(Config(), **given))
-            train(stored_config(checkpoint, path, given, FOR_RESUMING))
-        else:
-            train(preset(given.get("preset", Config.preset), **given))
+        work()
         return 0
     except UserError as e:
         message = e
@@ -1657,6 +1645,25 @@ def main(argv=None):
         return 130
     print(f"error: {message}", file=sys.stderr)
     return 1
+
+def main(argv=None):
+    """Run a command line and return its exit code."""
+    parser = Parser("ddpm.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=("train", "sample"), required=True, help="learn, or draw pictures")
+    given = parse(parser, GROUPS, sys.argv[1:] if argv is None else argv)
+    mode = given.pop("mode")
+    def work():
+        if mode == "sample":
+            path = find_model(override(Config(), **given))
+            here = dict(samples_dir=Config.samples_dir) | given  # not where the training run wrote
+            config = stored_config(read_checkpoint(path), path, here, FOR_SAMPLING)
+            sample(override(config, model_path=path))
+        elif "resume" in given:
+            path, checkpoint = find_resume(override(Config(), **given))
+            train(stored_config(checkpoint, path, given, FOR_RESUMING))
+        else:
+            train(preset(given.get("preset", Config.preset), **given))
+    return run(work)
 
 if __name__ == "__main__":
     raise SystemExit(main())
