@@ -1105,14 +1105,15 @@ def train(config):
                     with autocast(device, precision):
                         losses = diffusion.loss(net, x0, t, eps, y)  # (n,)
                     scaler.scale(losses.mean() / config.grad_accum).backward()
-                sums.index_add_(1, t * 4 // config.timesteps, torch.stack([losses.detach(), losses * 0 + 1]))
+                losses = losses.detach()  # or every step's graph would hang on the sums for ever
+                sums.index_add_(1, t * 4 // config.timesteps, torch.stack([losses, torch.ones_like(losses)]))
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             update_ema(ema, model, clock.step, config.ema_decay)
-            streak = torch.where(torch.isfinite(grad_norm + losses.detach().sum()), 0, streak + 1)
+            streak = torch.where(torch.isfinite(grad_norm + losses.sum()), 0, streak + 1)
             bad_step = torch.where((bad_step < 0) & (streak >= patience), clock.step, bad_step)
             clock.step += 1
             # ------------------------------------------------------------------------------------------------

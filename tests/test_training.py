@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -502,6 +503,26 @@ def test_a_tracker_that_is_not_installed_is_named(train, tmp_path, capsys, monke
     assert train("--steps 1 --logger", logger) == 1
     assert f"pip install {logger}" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_no_step_leaves_its_graph_behind(train, monkeypatch):
+    """A graph that is kept costs a megabyte a step: an overnight run would fill the memory."""
+    graphs, alive, loss = [], [], ddpm.Diffusion.loss
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            alive.append(sum(graph() is not None for graph in graphs))
+            graphs.append(weakref.ref(ctx))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", lambda *args: Probe.apply(loss(*args)))
+    assert train("--steps 12 --log_every 5 --grad_accum 2") == 0
+    assert len(alive) == 24 and max(alive) <= 1
 
 
 def test_checkpoints_carry_plain_names_and_values(trained):
