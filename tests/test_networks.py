@@ -1,7 +1,5 @@
 """The networks: UNet against diffusers' UNet2DModel with the same weights; shapes, labels, learning."""
 
-import re
-
 import diffusers
 import pytest
 import torch
@@ -9,48 +7,8 @@ import torch.nn.functional as F
 import torchvision
 from conftest import randomise
 
+import convert
 import ddpm
-
-
-def their_name(name, res_blocks):
-    """Where a weight of our UNet lies in diffusers' UNet2DModel; q, k and v are one matrix in ours."""
-    for ours, theirs in (
-        (r"^embed\.mlp\.0", "time_embedding.linear_1"),
-        (r"^embed\.mlp\.2", "time_embedding.linear_2"),
-        (r"^middle\.res", "mid_block.resnets.0"),
-        (r"^middle\.attention", "mid_block.attentions.0"),
-        (r"^middle2", "mid_block.resnets.1"),
-        (r"^norm_out", "conv_norm_out"),
-    ):
-        name = re.sub(ours, theirs, name)
-    if side := re.match(r"(down|up)\.(\d+)\.", name):
-        layers = res_blocks + (side[1] == "up")  # residual blocks in a stage, before its down- or upsampling
-        stage, layer = divmod(int(side[2]), layers + 1)
-        where = f"{side[1]}_blocks.{stage}."
-        if layer == layers:
-            name = name.replace(side[0], f"{where}{side[1]}samplers.0.", 1)
-        else:
-            name = name.replace(f"{side[0]}res.", f"{where}resnets.{layer}.", 1)
-            name = name.replace(f"{side[0]}attention.", f"{where}attentions.{layer}.", 1)
-    for ours, theirs in ((".time.", ".time_emb_proj."), (".shortcut.", ".conv_shortcut.")):
-        name = name.replace(ours, theirs)
-    return re.sub(
-        r"(attentions\.\d\.)(norm|out)\.",
-        lambda m: m[1] + {"norm": "group_norm.", "out": "to_out.0."}[m[2]],
-        name,
-    )
-
-
-def their_weights(model, res_blocks):
-    weights = {}
-    for name, value in model.state_dict().items():
-        name = their_name(name, res_blocks)
-        if ".qkv." in name:
-            for part, v in zip("qkv", value.chunk(3)):
-                weights[name.replace("qkv", f"to_{part}")] = v
-        else:
-            weights[name] = value
-    return weights
 
 
 @pytest.mark.parametrize(
@@ -77,7 +35,7 @@ def test_unet_equals_diffusers_unet_with_the_same_weights(
         flip_sin_to_cos=False,
         freq_shift=1,
     ).eval()
-    theirs.load_state_dict(their_weights(ours, res_blocks))
+    theirs.load_state_dict(convert.to_their_weights(ours))
     x, t = torch.randn(3, channels, 16, 16), torch.tensor([0, 500, 999])
     with torch.no_grad():
         a, b = ours(x, t), theirs(x, t).sample

@@ -1,0 +1,312 @@
+"""convert.py: takes a model of ddpm.py to a pipeline folder of diffusers, or one from there.
+
+    python convert.py --to_diffusers DIR                     # the model that --mode sample draws with
+    python convert.py --to_diffusers DIR --classes lion      # of a model with classes: one of them, or none
+    python convert.py --from_diffusers DIR                   # writes saved_models/denoise_model.pt
+
+ddpm.UNet, without --patch and --attention linear, is diffusers' UNet2DModel under other names. So nothing is
+lost on the way: the same noise gives the same pictures. This needs the package safetensors, not diffusers.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import ddpm
+from ddpm import UserError, require
+
+FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # weights; the first is ours
+
+# ------------------------------------------------------------------------------------------- names of weights
+
+STEM = {"embed.mlp.0": "time_embedding.linear_1", "embed.mlp.2": "time_embedding.linear_2",
+        "conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}
+RES = {"norm1": "norm1", "conv1": "conv1", "time": "time_emb_proj", "norm2": "norm2", "conv2": "conv2",
+       "shortcut": "conv_shortcut"}
+ATTENTION = {"norm": "group_norm", "qkv": "to_q to_k to_v", "out": "to_out.0"}  # one matrix in ours, or three
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # as in old files
+
+def layer_names(model):
+    """What UNet2DModel calls the layers of a ddpm.UNet: {our name: [their name, or three]}."""
+    names = {}
+    def part(ours, theirs, table):
+        names.update({ours + a: [theirs + b for b in bs.split()] for a, bs in table.items()})
+
+    part("", "", STEM)
+    part("middle.res.", "mid_block.resnets.0.", RES)
+    part("middle.attention.", "mid_block.attentions.0.", ATTENTION)
+    part("middle2.", "mid_block.resnets.1.", RES)
+    for side, layers in (("down", model.down), ("up", model.up)):  # a flat list in ours, in theirs by stages
+        stage = block = 0
+        for i, layer in enumerate(layers):
+            ours, theirs = f"{side}.{i}.", f"{side}_blocks.{stage}."
+            if isinstance(layer, ddpm.Stage):
+                part(f"{ours}res.", f"{theirs}resnets.{block}.", RES)
+                part(f"{ours}attention.", f"{theirs}attentions.{block}.", ATTENTION)
+                block += 1
+            else:  # halves or doubles the sides, and ends the stage
+                part(ours, f"{theirs}{side}samplers.0.", {"conv": "conv"})
+                stage, block = stage + 1, 0
+    return names
+
+def to_their_weights(model, label=-1):
+    """The state dict of the UNet2DModel that equals a ddpm.UNet at this label, -1 for none."""
+    names, state, weights = layer_names(model), model.state_dict(), {}
+    labels = state.pop("embed.labels.weight", None)
+    if labels is not None:  # it is added to what the time MLP's last layer gives: so it is a bias of that
+        state["embed.mlp.2.bias"] = state["embed.mlp.2.bias"] + labels[label]
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        for theirs, part in zip(names[layer], value.chunk(len(names[layer]))):
+            weights[f"{theirs}.{kind}"] = part.float().clone()
+    return weights
+
+def to_our_weights(model, theirs):
+    """The reverse, for a model without labels. UserError unless all is there and every tensor is used."""
+    theirs = {".".join(OLD.get(word, word) for word in name.split(".")): v for name, v in theirs.items()}
+    names, weights = layer_names(model), {}
+    for name, own in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        parts = [f"{n}.{kind}" for n in names[layer]]
+        shape = (own.shape[0] // len(parts), *own.shape[1:])
+        for n in parts:
+            require(n in theirs, f"its weights lack {n}. Get config.json and weights anew.")
+            found = tuple(theirs[n].shape)
+            require(found == shape, f"{n} is {found} where its config.json asks for {shape}. Get both anew.")
+            require(theirs[n].isfinite().all(), f"{n} has values that are not finite. Use another model.")
+        weights[name] = torch.cat([theirs.pop(n).float() for n in parts])
+    require(not theirs, f"its config.json has no place for {', '.join([*theirs][:3])}. Get both anew.")
+    return weights
+
+# --------------------------------------------------------------------------------------------------- settings
+
+# Options of diffusers that ddpm.py always has in one way. A head of attention of None channels has them all.
+UNET = dict(
+    _class_name="UNet2DModel", center_input_sample=False, time_embedding_type="positional",
+    time_embedding_dim=None, freq_shift=1, flip_sin_to_cos=False, mid_block_type="UNetMidBlock2D",
+    mid_block_scale_factor=1, downsample_padding=0, downsample_type="conv", upsample_type="conv",
+    act_fn="silu", attention_head_dim=None, attn_norm_num_groups=None, norm_eps=1e-6,
+    resnet_time_scale_shift="default", class_embed_type=None, num_class_embeds=None)
+SCHEDULER = dict(clip_sample=True, clip_sample_range=1.0, thresholding=False, rescale_betas_zero_snr=False)
+# How to draw, which binds no model. On all T steps DDPMPipeline then does what our ddpm sampler does.
+DRAWING = dict(variance_type="fixed_large", timestep_spacing="trailing", steps_offset=0)
+
+# What a file means that leaves an option out, and what else may be in it.
+UNET_DEFAULTS = UNET | dict(
+    _class_name=None, freq_shift=0, flip_sin_to_cos=True, downsample_padding=1, attention_head_dim=8,
+    norm_eps=1e-5, norm_num_groups=32, in_channels=3, out_channels=3, layers_per_block=2, dropout=0.0,
+    add_attention=True, num_train_timesteps=None)
+SCHEDULER_DEFAULTS = SCHEDULER | DRAWING | dict(
+    _class_name=None, num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
+    trained_betas=None, prediction_type="epsilon", predict_epsilon=True, set_alpha_to_one=True,
+    variance_type="fixed_small", timestep_spacing="leading", dynamic_thresholding_ratio=0.995,
+    sample_max_value=1.0, tensor_format="pt")
+
+PREDICTS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+SCHEDULES = dict(linear="linear", scaled_linear="quadratic", squaredcos_cap_v2="cosine", sigmoid="sigmoid")
+
+def unet_config(config, model):
+    """The config.json of the UNet2DModel that equals a model of ours."""
+    stages = [layer for layer in model.down if isinstance(layer, ddpm.Stage)][:: config.res_blocks]
+    kinds = ["Attn" if isinstance(stage.attention, ddpm.Attention) else "" for stage in stages]
+    return UNET | dict(
+        sample_size=model.image_size, in_channels=model.channels, out_channels=model.channels,
+        block_out_channels=[config.channels * m for m in config.channel_mults],
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]],
+        layers_per_block=config.res_blocks, add_attention=config.attention != "none",
+        dropout=config.dropout, norm_num_groups=model.norm_out.num_groups)
+
+def scheduler_config(config):
+    """The scheduler_config.json of a model of ours: its very betas, whatever the schedule."""
+    betas = ddpm.make_betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
+    predicts = {ours: theirs for theirs, ours in PREDICTS.items()}
+    return SCHEDULER | DRAWING | dict(
+        _class_name="DDPMScheduler", num_train_timesteps=config.timesteps, trained_betas=betas.tolist(),
+        prediction_type=predicts[config.predict])
+
+def compare(given, known, ours, **choices):
+    """UserError for the first option given that is not known, or neither as in `ours` nor among `choices`."""
+    choices = {name: [value] for name, value in ours.items()} | choices
+    for name, value in given.items():
+        require(name in {*known, *choices} or name[0] == "_" or value is None,
+                f"{name} is {value}, an option that ddpm.py has not. Keep this model in diffusers.")
+        can = choices.get(name, [value])
+        require(value in can, f"{name} is {value} where ddpm.py can only have {' or '.join(map(str, can))}. "
+                "Train a model with that, or keep this one in diffusers.")
+
+def read_unet(given, **settings):
+    """The Config, with these settings, and the model, names and shapes only, that a config.json means."""
+    given = UNET_DEFAULTS | given
+    compare({k: given[k] for k in ("_class_name", "in_channels")}, (), UNET, in_channels=[1, 3])
+    widths, size, heads = (given[k] for k in ("block_out_channels", "sample_size", "attention_head_dim"))
+    size = size[0] if isinstance(size, list) else size
+    at = [i for i, kind in enumerate(given["down_block_types"]) if kind == "AttnDownBlock2D"]
+    config = ddpm.override(
+        ddpm.Config(), image_size=size, patch=1, channels=widths[0], res_blocks=given["layers_per_block"],
+        channel_mults=tuple(w // widths[0] for w in widths), dropout=given["dropout"], class_cond=False,
+        attention="full" if given["add_attention"] else "none", guidance=1.0, **settings)
+    config = ddpm.override(config, attention_at=tuple(ddpm.stage_sides(config)[i] for i in at))
+    ddpm.check(config)
+    with torch.device("meta"):  # no memory for weights
+        model = ddpm.build_model(config, given["in_channels"], [])
+    side, attending = model.image_size, {widths[i] for i in ([*at, -1] if given["add_attention"] else at)}
+    compare(given, UNET_DEFAULTS, unet_config(config, model), sample_size=[side, [side, side]],
+            attention_head_dim=[heads if attending <= {heads} else None], act_fn=["silu", "swish"],
+            attn_norm_num_groups=[None, given["norm_num_groups"]], time_embedding_dim=[None, 4 * widths[0]])
+    return config, model
+
+def read_scheduler(given):
+    """The settings of ours that a scheduler_config.json amounts to."""
+    given = SCHEDULER_DEFAULTS | given
+    T, betas, name = (given[k] for k in ("num_train_timesteps", "trained_betas", "beta_schedule"))
+    compare(given, SCHEDULER_DEFAULTS, SCHEDULER, _class_name=["DDPMScheduler", "DDIMScheduler"],
+            prediction_type=[*PREDICTS], predict_epsilon=[True], variance_type=[
+                "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"],
+            beta_schedule=[name] if betas else [*SCHEDULES], num_train_timesteps=[len(betas) if betas else T])
+    schedule, start, end = SCHEDULES.get(name), given["beta_start"], given["beta_end"]
+    if betas:
+        schedule, start, end = find_schedule(betas)
+    if schedule == "cosine":
+        start = end = None
+    return dict(timesteps=T, schedule=schedule, beta_start=start, beta_end=end, sampling_steps=min(50, T),
+                predict=PREDICTS[given["prediction_type"]])
+
+def find_schedule(betas):
+    """The name, beta_start and beta_end of our schedule that gives these betas to one in 10,000."""
+    first, last, betas = betas[0], betas[-1], torch.tensor(betas, dtype=torch.float64)
+    tail = (last - first) / (math.exp(6) - 1)  # what a sigmoid from -6 to 6 leaves out at either end
+    for name in ddpm.FIELDS["schedule"].metadata["choices"] if 0 < first <= last else ():
+        start, end = (first - tail, last + tail) if name == "sigmoid" else (first, last)
+        if torch.allclose(ddpm.make_betas(name, len(betas), start, end), betas, 1e-4, 0):
+            return name, start, end
+    raise UserError("its trained_betas are none of ddpm.py's schedules. Keep this model in diffusers.")
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("Files named .safetensors need a package: pip install safetensors") from None
+    return safetensors.torch
+
+def to_diffusers(model_path, folder, classes=None, ema=True):
+    """Write a checkpoint's model as a pipeline folder, which appears whole or not at all, for the class of
+    this name or for none. Returns the paths of the files. UserError for what diffusers cannot express."""
+    folder = Path(folder).resolve()
+    require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()),
+            f"{folder} is there already, and not an empty folder: give another.")
+    model, diffusion, config = ddpm.load_model(model_path, ema=ema)
+    for name, fits, use in (
+            ("arch", config.arch == "unet", "unet"), ("patch", config.patch == 1, "1"),
+            ("attention", config.attention != "linear", "full"),
+            ("channel_mults", config.channel_mults[0] == 1, "1 and more"),
+            ("beta_end", diffusion.abar.min() > 1e-37, "0.02")):  # diffusers has abar_t in float32
+        require(fits, f"{model_path} was trained with --{name} {getattr(config, name)}, which diffusers "
+                f"cannot express: train one with --{name} {use}.")
+    require("," not in (classes or ""), f"--classes {classes}: give one, since a folder draws one class.")
+    one = ddpm.override(config, classes=classes)
+    label = ddpm.sample_labels(one, model.classes, 1)[0] if classes else -1
+    index = dict(_class_name="DDPMPipeline", unet=["diffusers", "UNet2DModel"],
+                 scheduler=["diffusers", "DDPMScheduler"])
+    files = {"model_index.json": index, "unet/config.json": unet_config(config, model),
+             "scheduler/scheduler_config.json": scheduler_config(config)}
+    files = {name: (json.dumps(content, indent=2) + "\n").encode() for name, content in files.items()}
+    files[f"unet/{FILES[0]}"] = import_safetensors().save(to_their_weights(model, label), {"format": "pt"})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        for name, content in files.items():
+            ddpm.atomic_write(Path(place, folder.name, name), lambda f, content=content: f.write(content))
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        os.rename(Path(place, folder.name), folder)
+    print(f"model     {model_path}, {'averaged (EMA)' if ema else 'plain'} weights")
+    if model.classes:
+        print(f"class     {classes or 'none; --classes takes one of ' + ', '.join(model.classes)}")
+    if config.image_size == 28:
+        print("note: its pictures of 28 pixels are 32 in diffusers, with a border of 2 to cut off")
+    return [str(folder / name) for name in files]
+
+def read_json(path):
+    require(path.is_file(), f"there is no {path}. Get the whole folder, as save_pretrained writes it.")
+    return json.loads(path.read_bytes())
+
+def read_weights(folder):
+    """The weights in a folder, {name: tensor}. Whatever else a file holds is refused, and never run."""
+    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    require(path, f"there is no {FILES[0]} in {folder}, nor {FILES[1]}. Get one of them.")
+    load = import_safetensors().load_file if path.suffix == ".safetensors" else (
+        lambda path: torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        weights = load(path)
+        require(all(isinstance(v, torch.Tensor) for v in weights.values()), "")
+    except Exception:  # bad bytes can raise anything
+        raise UserError(f"{path} is damaged, or holds more than tensors. Get {FILES[0]}.") from None
+    return weights
+
+def from_diffusers(folder, model_path):
+    """Write the model in a pipeline folder, or in one with a config.json, as a checkpoint; an earlier one is
+    set aside. Returns the checkpoint's path. UserError for what ddpm.py cannot express."""
+    folder = Path(folder)
+    require(folder.is_dir(), f"No folder {folder}: give one that save_pretrained wrote, or download one.")
+    require(not Path(model_path).is_dir(), f"--model_path {model_path} is a folder: give a file's name.")
+    whole = (folder / "unet").is_dir()
+    unet, scheduler = [folder / part if whole else folder for part in ("unet", "scheduler")]
+    index, scheduler = folder / "model_index.json", scheduler / "scheduler_config.json"
+    try:
+        parts = {*(read_json(index) if index.exists() else ())} - {"unet", "scheduler"}
+        parts = ", ".join(sorted(part for part in parts if part[0] != "_"))
+        require(not parts, f"it is a pipeline with {parts}, which ddpm.py has not. Keep it in diffusers.")
+        if whole or scheduler.exists():
+            settings = read_scheduler(read_json(scheduler))
+        else:
+            settings = read_scheduler({"_class_name": "DDPMScheduler"})
+            print(f"note: no {scheduler}: taking the paper's T 1000, linear from 1e-4 to 0.02, predicts eps")
+        config, model = read_unet(read_json(unet / "config.json"), data_path=str(folder), **settings)
+        weights = to_our_weights(model, read_weights(unet))
+    except UserError as e:
+        raise UserError(f"{folder} cannot be converted: {e}") from None
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
+        raise UserError(f"{folder} cannot be converted: a file of its settings is damaged, or lacks one "
+                        f"({type(e).__name__}: {e}). Get it anew.") from None
+    count, c = sum(v.numel() for v in weights.values()), config
+    ddpm.set_aside(model_path)
+    state = dict(format=ddpm.FORMAT, config=dataclasses.asdict(config), classes=[], channels=model.channels,
+                 data=None, held_out=[], step=0, seconds=0.0, weights=weights, ema=weights)
+    print(f"network   unet, {count:,} parameters, {c.image_size}x{c.image_size}, {model.channels} channels\n"
+          f"diffusion T {c.timesteps}, {c.schedule}, predicts {c.predict}")
+    return ddpm.atomic_write(model_path, lambda f: torch.save(state, f))
+
+# ----------------------------------------------------------------------------------------------- command line
+
+def main(argv=None):
+    """Run a command line and return its exit code."""
+    parser = ddpm.Parser("convert.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+    way, default = parser.add_mutually_exclusive_group(required=True), ddpm.Config.model_path
+    way.add_argument("--to_diffusers", metavar="DIR", help="write a pipeline folder of diffusers")
+    way.add_argument("--from_diffusers", metavar="DIR", help="read one")
+    parser.add_argument("--model_path", metavar="PATH", default=default, help="checkpoint to read or write "
+                        f"(default: {default}; to read, else the one that comes with ddpm.py)")
+    parser.add_argument("--classes", metavar="NAME", help="the class for the folder to draw (default: none)")
+    parser.add_argument("--no_ema", action="store_true", help="take the plain weights, not the averaged ones")
+    given = ddpm.parse(parser, {}, sys.argv[1:] if argv is None else argv)
+    classes, ema = given.get("classes"), not given["no_ema"]
+    def work():
+        if "to_diffusers" in given:
+            path = ddpm.find_model(ddpm.override(ddpm.Config(), model_path=given["model_path"]))
+            ddpm.print_files(to_diffusers(path, given["to_diffusers"], classes, ema))
+        else:
+            require(ema and not classes, "--classes and --no_ema are for --to_diffusers, since a folder of "
+                    "diffusers has one class and one set of weights: leave them out.")
+            ddpm.print_files([from_diffusers(given["from_diffusers"], given["model_path"])])
+    return ddpm.run(work)
+
+if __name__ == "__main__":
+    raise SystemExit(main())
