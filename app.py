@@ -27,9 +27,8 @@ except ImportError:
 if __name__ == "__main__" and not st.runtime.exists():
     raise SystemExit("This is a page: start it with streamlit run app.py")
 
-SIDE = 160  # of a picture on the page, in the browser's pixels
-SAMPLERS = {"ddpm": "the original, with fresh noise at every step", "ddim": "without fresh noise",
-            "dpm++": "good from 10 to 20 steps"}
+SIDE = 150  # of a picture on the page, in the browser's pixels
+SAMPLERS = {"ddpm": "the original", "ddim": "without fresh noise", "dpm++": "good from 10 steps"}
 GRIDS = {"generated": "Drawn from the same noise each time",
          "compared": "Before noise, with noise, and as the model guesses them"}
 QUARTERS = ("t < T/4: detail", "T/4 to T/2", "T/2 to 3T/4", "t > 3T/4: composition")
@@ -134,8 +133,9 @@ def draw(section, key, c, **edit):
     names = [f"{i + 1} {model.classes[label] if model.classes else ''}" for i, label in enumerate(labels)]
     steps = max(1, round((c.strength or 1) * c.sampling_steps))
     frames, way, every = ddpm.spread(np.arange(steps), 60), [], math.ceil(steps / 12)
-    bar, emerging = st.progress(0.0, "Starting"), st.empty()
+    bar = st.progress(0.0, "Starting")
     st.button("Stop", on_click=st.session_state.update, kwargs=dict(stopped=True))
+    emerging = st.empty()
     drawing = ddpm.generate(model, diffusion, c, range(c.num_samples), labels, precision, **edit)
     for i, (t, x, x0) in enumerate(drawing, 1):
         bar.progress(i / steps, f"Step {i} of {steps}, t = {t}. What the model takes the pictures to be:")
@@ -147,8 +147,8 @@ def draw(section, key, c, **edit):
     pixels = ddpm.to_pixels(x).cpu()
     if c.interpolate is not None:  # there and back again
         way = [*pixels[:, None], *pixels[1:-1, None].flip(0)]
-    text = dict(model=key[0].name, seed=c.seed, interpolate=c.interpolate, strength=c.strength,
-                sampler=c.sampler, steps=c.sampling_steps)
+    text = dict(model=key[0].name, seed=c.seed, interpolate=c.interpolate, picture=c.init_image,
+                strength=c.strength, sampler=c.sampler, steps=c.sampling_steps)
     text |= dict(classes=c.classes or "all", guidance=c.guidance) if model.classes else {}
     text = {name: value for name, value in text.items() if value is not None}
     images = ddpm.to_images(ddpm.crop(pixels, c))
@@ -178,7 +178,7 @@ def show_result(section):
 
 def form(section, key, label, pictures=8, extra=dict, **edit):
     """The form, its button, and what comes of it. extra() adds fields and returns settings."""
-    left, right = st.columns([2, 3], gap="large")
+    left, right = st.columns([1, 2], gap="medium")
     with left.form(section):
         more = extra()
         config = ddpm.override(settings(section, key, pictures), **more)
@@ -277,12 +277,15 @@ def slide(key, name, picture, way, label):
     denoise = ddpm.make_denoiser(model, diffusion, torch.tensor([label], device=device), precision=precision)
     eps = torch.randn(picture.shape, generator=torch.Generator().manual_seed(config.seed))
     xt = diffusion.q_sample(picture.to(device), torch.tensor([t], device=device), eps.to(device))
-    st.write("**Into noise.** A picture, mixed with noise, and what the model takes it to have been.")
-    row = torch.cat([picture, xt.cpu(), denoise(xt, t).cpu()])
-    show(to_pictures(row, config), [name, f"at t = {t}", "the guess"])
-    st.write("**Out of noise.** A picture on its way, what the model takes it for, and what becomes of it.")
-    xt, guess = way[t]
-    show(to_pictures(torch.cat([xt, guess, way[-1][0]]), config), [f"at t = {t}", "the guess", "the result"])
+    into = torch.cat([picture, xt.cpu(), denoise(xt, t).cpu()])
+    out = torch.cat([*way[t], way[-1][0]])
+    left, right = st.columns(2)
+    with left:
+        st.write("**Into noise:** a picture, what t leaves of it, and what the model takes it to have been")
+        show(to_pictures(into, config), [name, f"at t = {t}", "the guess"])
+    with right:
+        st.write("**Out of noise:** a picture on its way, what the model takes it for, what becomes of it")
+        show(to_pictures(out, config), [f"at t = {t}", "the guess", "the result"])
 
 @st.cache_data(max_entries=20, show_spinner="Plotting")
 def plots(key, picture):
@@ -350,10 +353,10 @@ def plot_losses(rows):
         steps, losses = zip(*line) if line else ((), ())
         smoothed = np.array([*zip(steps, ddpm.smooth(losses))])
         points += [dict(step=step, loss=loss, of=name) for step, loss in ddpm.spread(smoothed, 300).tolist()]
-    legend = dict(orient="bottom", columns=2, title=None)
-    spec = dict(mark="line", height=320, encoding=dict(
-        x=dict(field="step", type="quantitative"),
-        y=dict(field="loss", type="quantitative", scale=dict(type="log")),
+    legend = dict(orient="bottom", columns=3, title=None)
+    spec = dict(mark="line", height=380, encoding=dict(
+        x=dict(field="step", type="quantitative", axis=dict(tickCount=5)),
+        y=dict(field="loss", type="quantitative", scale=dict(type="log", nice=False), axis=dict(tickCount=5)),
         color=dict(field="of", type="nominal", sort=[*lines], legend=legend)))
     st.vega_lite_chart(points, spec, width="stretch", alt="The loss, in all and by quarter of the timesteps")
 
@@ -374,11 +377,13 @@ def follow(path):
                    "Passes over the pictures": f"{row['epoch']:.1f}"}
         for place, (label, value) in zip(st.columns(3), numbers.items()):
             place.metric(label, value)
-        plot_losses(rows)
+        left, right = st.columns(2)
+        with left:
+            plot_losses(rows)
         for kind, meaning in GRIDS.items():
             files = sorted(path.parent.glob(f"{kind}_epoch*.png"), key=lambda file: file.stat().st_mtime)
             for file in files[-1:]:
-                st.image(file.read_bytes(), f"{meaning} ({file.name})", width="stretch", alt=meaning)
+                right.image(file.read_bytes(), f"{meaning} ({file.name})", width="stretch", alt=meaning)
 
 def watch():
     files = run_files()
@@ -402,7 +407,7 @@ def errors_shown():
         st.error(f"{e.strerror or e} ({e.filename}). Reload the page.")
 
 def main():
-    st.set_page_config("ddpm.py", ":material/blur_on:", layout="wide")
+    st.set_page_config("ddpm.py", layout="wide")
     st.title("ddpm.py")
     section = st.segmented_control("Section", SECTIONS, default="Generate", required=True, key="section",
                                    bind="query-params", label_visibility="collapsed")
