@@ -102,21 +102,13 @@ def settings(section, key, pictures=8):
                                       value=min(max(c.guidance, 1.0), 8.0), **kept("guidance"))
     return ddpm.override(c, sample_batch_size=64, **given)
 
-def show(images, names, download=False):
-    """Pictures side by side, as many as the screen is wide, each with its name; a click enlarges one."""
+def show(x, names, config):
+    """Pictures x (N, C, H, W) in [-1, 1] side by side, as many as the screen is wide, each with its name."""
     with st.container(horizontal=True):
-        for i, (image, name) in enumerate(zip(images, names)):
+        for image, name in zip(ddpm.to_images(ddpm.crop(ddpm.to_pixels(x).cpu(), config)), names):
             with st.container(width=SIDE, gap=None):
-                st.image(image, width=SIDE, alt=name, output_format="PNG")
-                if download:
-                    st.download_button(name, image, f"{i:05d}.png", "image/png", key=f"png {i}",
-                                       type="tertiary", icon=":material/download:", on_click="ignore")
-                else:
-                    st.caption(name)
-
-def to_pictures(x, config):
-    """Pictures (N, C, H, W) in [-1, 1] as a list of PIL's."""
-    return ddpm.to_images(ddpm.crop(ddpm.to_pixels(x).cpu(), config))
+                st.image(image, width="stretch", alt=name, output_format="PNG")
+                st.caption(name)
 
 def written(write):
     """The bytes that one of ddpm's functions writes to the path that write(path) hands it."""
@@ -141,7 +133,7 @@ def draw(section, key, c, **edit):
         bar.progress(i / steps, f"Step {i} of {steps}, t = {t}. What the model takes the pictures to be:")
         if i % every == 1 or every == 1:
             with emerging.container():
-                show(to_pictures(x0, c), names)
+                show(x0, names, c)
         if i - 1 in frames:
             way.append(ddpm.to_pixels(x[:8]).cpu())
     pixels = ddpm.to_pixels(x).cpu()
@@ -168,7 +160,12 @@ def show_result(section):
     if not (result := st.session_state.get(f"drawn: {section}")):
         return
     st.caption(result["about"])
-    show(result["images"], result["names"], download=True)
+    with st.container(horizontal=True):
+        for i, (png, name) in enumerate(zip(result["images"], result["names"])):
+            with st.container(width=SIDE, gap=None):
+                st.image(png, width="stretch", alt=name)
+                st.download_button(name, png, f"{i:05d}.png", "image/png", key=f"png {i}", type="tertiary",
+                                   icon=":material/download:", on_click="ignore")
     with st.container(horizontal=True):
         for kind, label in (("zip", "All as a ZIP"), ("gif", "Animation as a GIF")):
             st.download_button(label, result[kind], f"pictures.{kind}", on_click="ignore",
@@ -188,9 +185,6 @@ def form(section, key, label, pictures=8, extra=dict, **edit):
             draw(section, key, config, **edit)
             st.rerun()
         show_result(section)
-
-def generate(key):
-    form("Generate", key, "Generate")
 
 # ---------------------------------------------------------------------------------------------------- uploads
 
@@ -217,14 +211,14 @@ def upload(label, size, channels):
 
 # ------------------------------------------------------------------------------------------------------- edit
 
-def rectangle(side):
-    """A mask (1, 1, side, side) from two sliders: 1 inside."""
+def rectangle(size, config):
+    """A mask (1, 1, size, size) from two sliders: 1 inside, in shares of the picture without its padding."""
     left, right = st.columns(2)
     across = left.slider("From left to right, in %", 0, 100, (50, 100))
     down = right.slider("From top to bottom, in %", 0, 100, (0, 100))
-    (x1, x2), (y1, y2) = ([round(share * side / 100) for share in ends] for ends in (across, down))
-    mask = torch.zeros(1, 1, side, side)
-    mask[..., y1:y2, x1:x2] = 1
+    x1, x2, y1, y2 = (round(share * config.image_size / 100) for share in (*across, *down))
+    mask = torch.zeros(1, 1, size, size)
+    ddpm.crop(mask, config)[..., y1:y2, x1:x2] = 1
     return mask
 
 def edit(key):
@@ -238,22 +232,20 @@ def edit(key):
     if not (given := upload("Your picture; its central square is taken", config.image_size, model.channels)):
         return st.info("Give a picture, then say what is to become of it.")
     name, picture = given
-    size = ddpm.crop(picture, config).shape[-1]
     if way == ways[0]:
-        show(to_pictures(picture, config), [name])
+        show(picture, [name], config)
         def strength():
             help = "Little keeps nearly all of your picture, 1 forgets it."
             return dict(init_image=name, strength=st.slider("Strength", 0.05, 1.0, 0.5, 0.05, help=help))
         return form(way, key, "Vary", 4, strength, picture=picture)
     if st.radio("Where", ["A rectangle", "A mask of yours"], horizontal=True) == "A rectangle":
-        mask = torch.zeros(1, 1, model.image_size, model.image_size)
-        ddpm.crop(mask, config).copy_(rectangle(size))
+        mask = rectangle(model.image_size, config)
     elif given := upload("The mask: white is drawn anew, black is kept", config.image_size, 1):
         mask = (given[1] > 0).float()
     else:
         return None
     both = torch.cat([picture, torch.where(mask > 0, 1.0, picture)])
-    show(to_pictures(both, config), [name, "white: drawn anew"])
+    show(both, [name, "white: drawn anew"], config)
     return form(way, key, "Redraw", 4, lambda: dict(init_image=name), picture=picture, mask=mask)
 
 # ------------------------------------------------------------------------------------------------ look inside
@@ -282,10 +274,10 @@ def slide(key, name, picture, way, label):
     left, right = st.columns(2)
     with left:
         st.write("**Into noise:** a picture, what t leaves of it, and what the model takes it to have been")
-        show(to_pictures(into, config), [name, f"at t = {t}", "the guess"])
+        show(into, [name, f"at t = {t}", "the guess"], config)
     with right:
         st.write("**Out of noise:** a picture on its way, what the model takes it for, what becomes of it")
-        show(to_pictures(out, config), [f"at t = {t}", "the guess", "the result"])
+        show(out, [f"at t = {t}", "the guess", "the result"], config)
 
 @st.cache_data(max_entries=20, show_spinner="Plotting")
 def plots(key, picture):
@@ -353,7 +345,7 @@ def plot_losses(rows):
         steps, losses = zip(*line) if line else ((), ())
         smoothed = np.array([*zip(steps, ddpm.smooth(losses))])
         points += [dict(step=step, loss=loss, of=name) for step, loss in ddpm.spread(smoothed, 300).tolist()]
-    legend = dict(orient="bottom", columns=3, title=None)
+    legend = dict(orient="bottom", columns=2, title=None)
     spec = dict(mark="line", height=380, encoding=dict(
         x=dict(field="step", type="quantitative", axis=dict(tickCount=5)),
         y=dict(field="loss", type="quantitative", scale=dict(type="log", nice=False), axis=dict(tickCount=5)),
@@ -391,6 +383,9 @@ def watch():
     follow(choose("Run", files, format_func=lambda path: f"{path.parent}"))
 
 # ------------------------------------------------------------------------------------------------------- page
+
+def generate(key):
+    form("Generate", key, "Generate")
 
 SECTIONS = {"Generate": generate, "Look inside": look_inside, "Edit": edit, "Watch a run": watch}
 

@@ -1,4 +1,4 @@
-"""The page without a browser: Streamlit's AppTest runs app.py, and what it draws is what the command line draws."""
+"""The page without a browser: Streamlit's AppTest runs it. It draws what the command line draws."""
 
 import io
 import json
@@ -61,7 +61,8 @@ def press(at):
 
 def drawn(at, section="Generate"):
     """The pictures that a section has drawn: uint8 (N, H, W, C)."""
-    return [np.asarray(Image.open(io.BytesIO(png))) for png in at.session_state[f"drawn: {section}"]["images"]]
+    images = at.session_state[f"drawn: {section}"]["images"]
+    return [np.asarray(Image.open(io.BytesIO(image))) for image in images]
 
 
 def command_line(folder, **settings):
@@ -86,7 +87,7 @@ def give(at, content, name="mine.png"):
     return at.run()
 
 
-# ---------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------- models
 
 
 def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
@@ -132,7 +133,7 @@ def test_no_path_but_those_listed_is_taken(page, trained, monkeypatch):
     assert "no such choice" in at.error[0].value
 
 
-# -------------------------------------------------------------------------------------------------- generate
+# --------------------------------------------------------------------------------------------------- generate
 
 
 def test_the_pictures_are_those_of_the_command_line(page, project):
@@ -253,7 +254,8 @@ def test_bad_uploads_get_a_sentence(page, section):
     Image.new("1", (20_000, 6_000)).save(bomb := io.BytesIO(), "PNG")  # a small file of many pixels
     assert len(bomb.getvalue()) < 10**6
     huge = give(page(section), bomb.getvalue(), "huge.png")
-    assert not huge.exception and [e.value for e in huge.error] == ["huge.png has 120 million pixels: give at most 100."]
+    assert not huge.exception
+    assert [e.value for e in huge.error] == ["huge.png has 120 million pixels: give at most 100."]
 
 
 # ------------------------------------------------------------------------------------------------ look inside
@@ -341,7 +343,7 @@ def test_a_run_that_stopped_or_has_just_begun_or_is_no_run(page, project):
     assert "no run here yet" in page("Watch a run").error[0].value
 
 
-# ------------------------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------------------------------ the program
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -349,7 +351,8 @@ def test_started_as_a_program_it_says_how_to_open_the_page(tmp_path, installed):
     if not installed:
         (tmp_path / "streamlit.py").write_text("raise ImportError")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, str(ROOT / "app.py")], env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "app.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].endswith("streamlit run app.py") and "Traceback" not in done.stderr
     assert ("pip install streamlit" in done.stderr) == (not installed)
