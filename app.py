@@ -63,17 +63,11 @@ def open_model(path, changed):
     precision = ddpm.choose_precision("auto" if foreign else config.precision, device)
     return *ddpm.load_model(path, device, config.ema), precision
 
-def choose(label, options, place=st, **more):
-    """A selectbox that takes nothing but its options, whatever a browser sends."""
-    chosen = place.selectbox(label, options, **more)
-    ddpm.require(chosen in options, f"There is no such choice as {chosen}: take one from the list.")
-    return chosen
-
 def choose_model():
     """The key of the model that the user wants: its path, and when that file last changed."""
     files = {path: path.stat().st_mtime_ns for path in model_files()}
     ddpm.require(files, "There is no model yet: train one with python ddpm.py --mode train")
-    path = choose("Model", list(files), format_func=lambda path: describe(path, files[path]))
+    path = st.selectbox("Model", list(files), format_func=lambda path: describe(path, files[path]))
     return path, files[path]
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -89,8 +83,8 @@ def settings(section, key, pictures=8):
         num_samples=left.number_input("Pictures", 1, 64, pictures, **kept("pictures")),
         seed=right.number_input("Seed", 0, LAST_SEED, min(c.seed, LAST_SEED), **kept("seed"),
                                 help="The same seed and settings give the same pictures."),
-        sampler=choose("Sampler", list(SAMPLERS), index=[*SAMPLERS].index(c.sampler),
-                       format_func=lambda name: f"{name}: {SAMPLERS[name]}", **kept("sampler")))
+        sampler=st.selectbox("Sampler", list(SAMPLERS), index=[*SAMPLERS].index(c.sampler),
+                             format_func=lambda name: f"{name}: {SAMPLERS[name]}", **kept("sampler")))
     usual = {n for n in (5, 10, 20, 50, 100, 250, 1000) if n < diffusion.T}
     steps = sorted(usual | {c.sampling_steps, diffusion.T})
     label = "Steps: fewer are faster, more are better"
@@ -292,7 +286,7 @@ def look_inside(key):
     given = upload(label, config.image_size, model.channels)
     left, right = st.columns(2)
     seed = left.number_input("Seed of the model's picture", 0, LAST_SEED, 0)
-    label = model.classes.index(choose("Its class", model.classes, right)) if model.classes else -1
+    label = model.classes.index(right.selectbox("Its class", model.classes)) if model.classes else -1
     way = way_back(key, seed, label)
     name, picture = given or ("the model's picture", way[-1][0])
     slide(key, name, picture, way, label)
@@ -380,7 +374,7 @@ def follow(path):
 def watch():
     files = run_files()
     ddpm.require(files, "There is no run here yet: start one with python ddpm.py --mode train")
-    follow(choose("Run", files, format_func=lambda path: f"{path.parent}"))
+    follow(st.selectbox("Run", files, format_func=lambda path: f"{path.parent}"))
 
 # ------------------------------------------------------------------------------------------------------- page
 

@@ -176,11 +176,11 @@ def test_another_model_can_be_chosen_and_a_long_drawing_be_stopped(visit):
     page = visit()
     page.get_by_role("combobox", name="Model").click()
     page.get_by_role("option", name="animals.pt: animal_data, 64x64, 5 classes").click()
-    page.get_by_text("tiny.pt").wait_for(state="hidden")
+    page.get_by_text("50", exact=True).wait_for()  # the steps that this model proposes
     settle(page)
     set_steps(page, "End")  # 1000: minutes
     submit(page).click()
-    page.get_by_text("Step 2 of 1000").wait_for()
+    page.get_by_text(" of 1000").wait_for()
     page.get_by_test_id("stMain").get_by_role("button", name="Stop").click()
     page.get_by_text("Stopped.").wait_for()
     settle(page)
