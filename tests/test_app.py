@@ -1,0 +1,361 @@
+"""The page without a browser: Streamlit's AppTest runs it. It draws what the command line draws."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import ddpm
+
+pytest.importorskip("streamlit", reason="the page needs Streamlit")
+os.environ["STREAMLIT_LOGGER_LEVEL"] = "error"
+import streamlit as st  # noqa: E402
+from streamlit.testing.v1 import AppTest  # noqa: E402
+
+import app  # noqa: E402
+
+
+@pytest.fixture
+def project(trained, tmp_path, monkeypatch):
+    """A folder with the tiny model as tiny.pt, newer than the shipped one, and its run in samples/run."""
+    (tmp_path / "saved_models").mkdir()
+    shutil.copy(trained, tmp_path / "saved_models" / "tiny.pt")
+    shutil.copytree(trained.parent / "samples", tmp_path / "samples" / "run")
+    os.utime(tmp_path / "saved_models" / "tiny.pt")
+    monkeypatch.chdir(tmp_path)
+    st.cache_resource.clear()
+    st.cache_data.clear()
+    return tmp_path
+
+
+@pytest.fixture
+def page(project):
+    """page(section) -> that section of the page as AppTest shows it, with the tiny model chosen."""
+
+    def open_section(section="Generate"):
+        at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+        return at if section == "Generate" else at.segmented_control[0].set_value(section).run()
+
+    return open_section
+
+
+def labelled(widgets, label):
+    return next(w for w in widgets if w.label.startswith(label))
+
+
+def press(at):
+    """Press the form's button; nothing may fail."""
+    at.button[0].click().run()
+    assert not at.exception and not at.error
+    return at
+
+
+def drawn(at, section="Generate"):
+    """The pictures that a section has drawn: uint8 (N, H, W, C)."""
+    images = at.session_state[f"drawn: {section}"]["images"]
+    return [np.asarray(Image.open(io.BytesIO(image))) for image in images]
+
+
+def command_line(folder, **settings):
+    """The same by ddpm.sample, which --mode sample calls with the settings of the checkpoint."""
+    path = str(folder / "saved_models" / "tiny.pt")
+    stored = ddpm.stored_config(ddpm.read_checkpoint(path), path)
+    pixels = ddpm.sample(ddpm.override(stored, model_path=path, samples_dir=str(folder / "cli"), **settings))
+    return list(pixels.permute(0, 2, 3, 1).numpy())
+
+
+def png(pixels):
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+PICTURE = png(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+
+
+def give(at, content, name="mine.png"):
+    """Upload into the last field for files."""
+    at.file_uploader[-1].set_value((name, content, "image/png"))
+    return at.run()
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
+    models = project / "saved_models"
+    (models / "broken.pt").write_bytes(b"not a checkpoint")
+    os.utime(models / "broken.pt", (1, 1))
+    shutil.copy(models / "tiny.pt", models / "tiny.pt.previous")
+    shutil.copy(models / "tiny.pt", models / ".tiny.pt.77.tmp")
+    (models / "tiny_steps").mkdir()
+    shutil.copy(models / "tiny.pt", models / "tiny_steps" / "step_00000040.pt")
+    options = page().selectbox[0].options
+    data = ddpm.read_checkpoint(models / "tiny.pt")["config"]["data_path"].split("/")[-1]
+    assert sorted(options) == sorted([
+        "animals.pt: animal_data, 64x64, 5 classes", "broken.pt: cannot be read",
+        f"tiny.pt: {data}, 16x16, 3 classes", f"tiny.pt.previous: {data}, 16x16, 3 classes"])
+    assert options[0].startswith("tiny.pt") and options[-1].startswith("broken.pt")
+
+
+def test_a_broken_model_is_told_in_a_sentence(page, project):
+    (project / "saved_models" / "broken.pt").write_bytes(b"not a checkpoint")
+    at = page()
+    assert not at.exception and len(at.error) == 1
+    assert "broken.pt cannot be read safely" in at.error[0].value
+
+
+def test_a_model_is_loaded_once_for_all_until_its_file_changes(page, project, monkeypatch):
+    loads, load = [], ddpm.load_model
+    monkeypatch.setattr(ddpm, "load_model", lambda *a: loads.append(a) or load(*a))
+    press(page())
+    press(page()).run()
+    assert len(loads) == 1
+    os.utime(project / "saved_models" / "tiny.pt", (2e9, 2e9))
+    page()
+    assert len(loads) == 2
+
+
+def test_no_path_but_those_listed_is_taken(page, trained, monkeypatch):
+    at = page()
+    monkeypatch.setattr(type(at.selectbox[0]), "index", 0)
+    box, opened, read = at.selectbox[0], [], ddpm.read_checkpoint
+    monkeypatch.setattr(ddpm, "read_checkpoint", lambda path: opened.append(path) or read(path))
+    box._value, box.options = str(trained), [str(trained)]  # a browser's forged message names another file
+    assert box._widget_state.string_value == str(trained)
+    at.run()
+    assert str(trained) not in map(str, opened)
+    assert not at.exception and "50" in labelled(at.select_slider, "Steps").options  # the listed model's form
+
+
+# --------------------------------------------------------------------------------------------------- generate
+
+
+def test_the_pictures_are_those_of_the_command_line(page, project):
+    at = page()
+    assert labelled(at.number_input, "Pictures").value == 8
+    press(at)
+    expected = command_line(project, num_samples=8, gif=True, individual=str(project / "each"))
+    assert len(drawn(at)) == 8
+    assert all(np.array_equal(a, b) for a, b in zip(drawn(at), expected))
+    kept = at.session_state["drawn: Generate"]
+    assert kept["gif"] == (project / "cli" / "denoising.gif").read_bytes()
+    with zipfile.ZipFile(io.BytesIO(kept["zip"])) as archive:
+        assert archive.namelist() == sorted(file.name for file in (project / "each").iterdir())
+        assert [archive.read(name) for name in archive.namelist()] == kept["images"]
+
+
+def test_every_setting_reaches_the_sampler(page, project):
+    at = page()
+    labelled(at.number_input, "Pictures").set_value(5)
+    labelled(at.number_input, "Seed").set_value(7)
+    labelled(at.selectbox, "Sampler").set_value("ddim")
+    labelled(at.select_slider, "Steps").set_value(10)
+    labelled(at.multiselect, "Classes").set_value(["square", "disc"])
+    labelled(at.slider, "Guidance").set_value(3.5)
+    press(at)
+    expected = command_line(project, num_samples=5, seed=7, sampler="ddim", sampling_steps=10, guidance=3.5,
+                            classes="square,disc")
+    assert len(drawn(at)) == 5 and all(np.array_equal(a, b) for a, b in zip(drawn(at), expected))
+    assert at.session_state["drawn: Generate"]["names"][:3] == ["1 square", "2 disc", "3 square"]
+    text = Image.open(io.BytesIO(at.session_state["drawn: Generate"]["images"][0])).text
+    assert text["ddpm:seed"] == "7" and text["ddpm:sampler"] == "ddim"
+
+
+def test_steps_run_up_to_all_timesteps_and_no_further(page):
+    assert labelled(page().select_slider, "Steps").options == ["2", "5", "10", "20", "50"]  # T = 50
+
+
+def test_a_stop_is_said_once_and_earlier_pictures_stay(page):
+    at = press(page())
+    before = at.session_state["drawn: Generate"]["images"]
+    at.session_state["stopped"] = True
+    assert [message.value for message in at.run().info] == ["Stopped."]
+    assert not at.run().info
+    assert at.session_state["drawn: Generate"]["images"] == before
+
+
+def test_settings_outlive_a_look_at_another_section(page):
+    at = page()
+    labelled(at.number_input, "Seed").set_value(5)
+    at = press(at).segmented_control[0].set_value("Watch a run").run()
+    at = at.segmented_control[0].set_value("Generate").run()
+    assert labelled(at.number_input, "Seed").value == 5
+    assert len(drawn(at)) == 8
+
+
+# ------------------------------------------------------------------------------------------------------- edit
+
+
+def test_variations_are_those_of_the_command_line(page, project):
+    (project / "mine.png").write_bytes(PICTURE)
+    at = give(page("Edit"), PICTURE)
+    labelled(at.slider, "Strength").set_value(0.4)
+    labelled(at.select_slider, "Steps").set_value(20)
+    press(at)
+    expected = command_line(project, num_samples=4, init_image="mine.png", strength=0.4, sampling_steps=20)
+    assert len(expected) == 4
+    assert all(np.array_equal(a, b) for a, b in zip(drawn(at, "Vary a picture"), expected))
+
+
+@pytest.mark.parametrize("shape", ["A rectangle", "A mask of yours"])
+def test_redrawing_is_that_of_the_command_line(page, project, shape):
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:, 8:12] = 255  # 50 to 75 % across, 25 to 100 % down
+    (project / "mine.png").write_bytes(PICTURE)
+    (project / "mask.png").write_bytes(png(mask))
+    at = page("Edit")
+    give(at.radio[0].set_value("Redraw a part").run(), PICTURE)
+    labelled(at.radio, "Where").set_value(shape).run()
+    if shape == "A rectangle":
+        labelled(at.slider, "From left").set_value((50, 75))
+        labelled(at.slider, "From top").set_value((25, 100)).run()
+    else:
+        assert not at.button  # nothing to press before the mask is there
+        give(at, png(mask), "mask.png")
+    labelled(at.select_slider, "Steps").set_value(10)
+    press(at)
+    expected = command_line(project, num_samples=4, init_image="mine.png", mask="mask.png", sampling_steps=10)
+    assert all(np.array_equal(a, b) for a, b in zip(drawn(at, "Redraw a part"), expected))
+    original = ddpm.decode(Image.open(io.BytesIO(PICTURE)), 16, 3).transpose(1, 2, 0)
+    assert np.array_equal(expected[0][:, :8], original[:, :8])
+
+
+def test_going_between_two_seeds_is_that_of_the_command_line(page, project):
+    at = page("Edit")
+    at.radio[0].set_value("Between two seeds").run()
+    labelled(at.number_input, "Seed of the last").set_value(9)
+    press(at)
+    expected = command_line(project, num_samples=8, interpolate=9)
+    assert all(np.array_equal(a, b) for a, b in zip(drawn(at, "Between two seeds"), expected))
+    kept = at.session_state["drawn: Between two seeds"]
+    assert kept["gif"] == (project / "cli" / "interpolation.gif").read_bytes()
+
+
+def test_the_same_seed_twice_is_told(page):
+    at = page("Edit")
+    at.radio[0].set_value("Between two seeds").run()
+    labelled(at.number_input, "Seed of the last").set_value(0)
+    at.button[0].click().run()
+    assert not at.exception and "two different ones" in at.error[0].value
+
+
+@pytest.mark.parametrize("section", ["Edit", "Look inside"])
+def test_bad_uploads_get_a_sentence(page, section):
+    broken = give(page(section), b"this is no picture", "holiday.png")
+    assert not broken.exception and len(broken.error) == 1
+    assert broken.error[0].value.startswith("holiday.png cannot be read (UnidentifiedImageError")
+    assert "0x" not in broken.error[0].value  # no object's address
+    Image.new("1", (20_000, 6_000)).save(bomb := io.BytesIO(), "PNG")  # a small file of many pixels
+    assert len(bomb.getvalue()) < 10**6
+    huge = give(page(section), bomb.getvalue(), "huge.png")
+    assert not huge.exception
+    assert [e.value for e in huge.error] == ["huge.png has 120 million pixels: give at most 100."]
+
+
+# ------------------------------------------------------------------------------------------------ look inside
+
+
+def test_the_way_back_is_that_of_the_sampler(project):
+    path = project / "saved_models" / "tiny.pt"
+    way = app.way_back((path, 1), 3, 1)
+    model, diffusion, config = ddpm.load_model(path)
+    config = ddpm.override(config, seed=3, sampling_steps=50)
+    steps = list(ddpm.generate(model, diffusion, config, [0], [1]))
+    assert sorted(way) == list(range(-1, 49))  # the first level is pure noise, and left out
+    for (_, x, _), (t, _, x0) in zip(steps, steps[1:]):
+        assert torch.equal(way[t][0], x) and torch.equal(way[t][1], x0)
+    assert torch.equal(way[-1][0], steps[-1][1])
+
+
+def test_looking_inside_works_with_a_picture_and_without(page):
+    at = page("Look inside")
+    assert not at.exception and not at.error
+    captions = [c.value for c in at.caption]
+    assert captions[0] == "the model's picture" and "at t = 16" in captions
+    at.select_slider[0].set_value(40).run()
+    assert "at t = 40" in [c.value for c in at.caption]
+    at = give(at, PICTURE)
+    assert not at.exception and not at.error
+    assert [c.value for c in at.caption][0] == "mine.png"
+
+
+# ------------------------------------------------------------------------------------------------ watch a run
+
+
+def run_of(folder, rows, **config):
+    """A run's folder with these lines in its metrics.jsonl; its path."""
+    head = dict(config=dict(preset="animals") | config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [head, *rows]))
+    return folder / "metrics.jsonl"
+
+
+def row(step, seconds, epoch=0.0):
+    return dict(step=step, seconds=seconds, epoch=epoch, loss=0.5, loss_quarters=[0.1, 0.2, None, 0.4],
+                lr=1e-3, grad_norm=1.0, memory_mb=1, pictures_per_s=160.0)
+
+
+def test_time_left_follows_from_the_last_lines(tmp_path):
+    # the last 20 lines make 10 steps in 20 s each, the ones before were slower
+    rows = [row(10 * i, 100 * i, i / 5) for i in range(1, 11)]
+    rows += [row(100 + 10 * i, 1000 + 20 * i, 2 + i / 5) for i in range(1, 31)]
+    lengths = [(dict(steps=1000), 600 * 2), (dict(steps=None, epochs=20.0), 12 * 100),
+               (dict(steps=None, minutes=40.0), 2400 - 1600)]
+    for length, expected in lengths:
+        config, read = app.read_run(run_of(tmp_path, rows, **length))
+        assert len(read) == 40
+        assert app.time_left(config, read) == pytest.approx(expected)
+    assert app.time_left(config, read[:1]) is None
+    assert [app.in_words(s) for s in (5, 118, 3600, 4020)] == ["1 min", "2 min", "1 h 0 min", "1 h 7 min"]
+
+
+def test_a_run_is_shown_as_it_goes(page, project):
+    path = run_of(project / "deep" / "er", [row(10, 10), row(20, 20)], steps=100)
+    with open(path, "a") as f:
+        f.write('{"step": 30, "los')  # a line being written
+    shutil.copy(next((project / "samples" / "run").glob("generated_epoch*.png")), path.parent)
+    at = page("Watch a run")
+    assert not at.exception and not at.error
+    assert at.selectbox[0].options == ["deep/er", "samples/run"]  # the newest first
+    assert at.get("progress")[0].proto.text == "Step 20, 20%: 2 min left"
+    assert [m.value for m in at.metric] == ["0.5000", "160", "0.0"]
+    os.utime(path, (1, 1))
+    at = page("Watch a run")
+    assert at.get("progress")[0].proto.text == "Step 40, 100%: finished"
+
+
+def test_a_run_that_stopped_or_has_just_begun_or_is_no_run(page, project):
+    path = run_of(project / "samples" / "stopped", [row(10, 10), row(20, 20)], steps=100)
+    shutil.rmtree(project / "samples" / "run")
+    os.utime(path, (1, 1))
+    assert ": stopped, or busy with pictures" in page("Watch a run").get("progress")[0].proto.text
+    run_of(path.parent, [])
+    assert "no line yet" in page("Watch a run").info[0].value
+    path.write_text("other\n")
+    assert "is not the metrics.jsonl of a run" in page("Watch a run").error[0].value
+    path.unlink()
+    assert "no run here yet" in page("Watch a run").error[0].value
+
+
+# ------------------------------------------------------------------------------------------------ the program
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_started_as_a_program_it_says_how_to_open_the_page(tmp_path, installed):
+    if not installed:
+        (tmp_path / "streamlit.py").write_text("raise ImportError")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "app.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].endswith("streamlit run app.py") and "Traceback" not in done.stderr
+    assert ("pip install streamlit" in done.stderr) == (not installed)
