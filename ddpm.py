@@ -185,7 +185,10 @@ def override(config, **given):
 def preset(name, **overrides):
     """The Config of a recipe in PRESETS, with any settings overridden: preset("cifar10", steps=10)."""
     require(name in PRESETS, f"There is no preset {name!r}: choose from {', '.join(PRESETS)}.")
-    return override(override(Config(preset=name), **PRESETS[name]), **overrides)
+    config = override(Config(preset=name), **PRESETS[name])
+    if overrides.get("schedule", config.schedule) != config.schedule:
+        config = override(config, beta_start=None, beta_end=None)  # they belong to the recipe's own schedule
+    return override(config, **overrides)
 
 def check(config):
     """Raise UserError for the first setting that is out of its range or clashes with another."""
@@ -1016,7 +1019,7 @@ def train(config):
     begun = drawn = clock.step
     lr, grad_norm, clock.started = 0.0, None, time.monotonic()
 
-    with stop_requests() as asked:
+    with stop_requests() as asked, log.bar if log else contextlib.nullcontext():  # errors begin a new line
         while True:
             # ---- rare things: stop, print, save, draw
             stopping, share = asked[0] if asked else 0, clock.share()
@@ -1461,6 +1464,10 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}; {hint}", file=sys.stderr)
         raise SystemExit(2)
 
+def integers(text):
+    """The type of flags that take a list: numbers between blanks or commas."""
+    return tuple(int(part) for part in text.split(","))
+
 def parse(argv):
     """A command line as (mode, {setting: value} of those that it gives), by the fields of Config."""
     parser = Parser("ddpm.py", allow_abbrev=False, description=__doc__.splitlines()[0])
@@ -1474,22 +1481,20 @@ def parse(argv):
                 for word, value, help in ((name, True, said), (f"no_{name}", False, argparse.SUPPRESS)):
                     section.add_argument(f"--{word}", dest=name, action="store_const", const=value, help=help)
                 continue
-            kind = (*typing.get_args(f.type), f.type)[0]  # int of int | None and of tuple[int, ...]
+            kind, default = (*typing.get_args(f.type), f.type)[0], f.default  # int of int | None, tuple[int, ...]
             more = dict(type=kind, choices=list(PRESETS) if name == "preset" else f.metadata["choices"])
             if not more["choices"]:
                 more["metavar"] = {int: "N", float: "X", str: "PATH" if "folder" in said else "NAME"}[kind]
             if name == "resume":
                 more |= dict(nargs="?", const="latest")
-            default = f.default
             if isinstance(default, tuple):
-                more["nargs"], default = "+", " ".join(map(str, default))
+                more, default = more | dict(nargs="+", type=integers), " ".join(map(str, default))
             said += "" if default is None else f" (default: {default})"
             section.add_argument(f"--{name}", help=said, **more)
-    # Flags may be written with - for _, and lists with commas.
+    # Flags may be written with - for _.
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
-    argv = [part for a in argv for part in (a.split(",") if re.fullmatch(r"\d+(,\d+)+", a) else [a])]
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return given.pop("mode"), {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return given.pop("mode"), {name: sum(v, ()) if isinstance(v, list) else v for name, v in given.items()}
 
 def main(argv=None):
     """Run a command line and return its exit code. What the user can mend is told in a sentence."""
