@@ -852,10 +852,10 @@ def read_checkpoint(path):
     require(checkpoint["format"] == FORMAT, f"{path} has format {checkpoint['format']}, and this ddpm.py "
             f"reads format {FORMAT}: use the version that wrote it.")
     states = [checkpoint["weights"], checkpoint.get("ema", {})]
-    good = all(isinstance(s, dict) and all(type(v) is torch.Tensor for v in s.values()) for s in states)
-    names = [name for some in (*states, checkpoint["config"], checkpoint["classes"]) for name in some]
-    require(good and checkpoint["channels"] in (1, 3) and all(type(name) is str for name in names),
-            f"{path} holds other things than ddpm.py writes: use another.")
+    good = checkpoint["channels"] in (1, 3) and all(
+        isinstance(s, dict) and all(type(v) is torch.Tensor for v in s.values()) for s in states) and all(
+        type(name) is str for some in (*states, checkpoint["config"], checkpoint["classes"]) for name in some)
+    require(good, f"{path} holds other things than ddpm.py writes: use another.")
     require(all_finite(*states), f"{path} has weights that are not finite: use another.")
     return checkpoint
 
@@ -885,7 +885,8 @@ def load_weights(model, state, path):
     try:
         model.load_state_dict({re.sub(r"^(module\.)?(_orig_mod\.)?", "", k): v for k, v in state.items()})
     except RuntimeError as e:
-        raise UserError(f"{path} does not fit its own network: {str(e).splitlines()[1].strip()}") from None
+        raise UserError(f"{path} does not fit its own network: {str(e).splitlines()[1].strip()} "
+                        "Use another.") from None
 
 def load_model(path, device="cpu", ema=True):
     """The model in a checkpoint: (model in eval mode, diffusion, config). model.classes names its classes.
@@ -1019,9 +1020,10 @@ def train(config):
     # ---- data, network, optimiser, and where an earlier run left off
     path, resumed = find_resume(config) if config.resume else (None, None)
     if resumed:
-        require({"ema", "optimizer", "scaler", "step", "seconds"} <= resumed.keys(),
+        kinds = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
+        require(all(type(resumed.get(k)) is kind for k, kind in kinds.items()),
                 f"{path} is a model to sample from, not all that a run needs to go on: give --resume one of "
-                f"{step_files(path)[0]}, or start a new run with --init_from {path}.")
+                f"{step_files(config.model_path)[0]}, or start a new run with --init_from {path}.")
         config = stored_config(resumed, path, dataclasses.asdict(config), FOR_RESUMING)
     images = load_images(config, device)
     if not images.classes:
@@ -1041,8 +1043,11 @@ def train(config):
                 "restore the pictures, or start a new run with --init_from.")
         load_weights(model, resumed["weights"], path)
         load_weights(ema, resumed["ema"], path)
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        try:
+            optimizer.load_state_dict(resumed["optimizer"])
+            scaler.load_state_dict(resumed["scaler"])
+        except Exception as e:  # they look into it without care
+            raise UserError(f"{path} has no state of this optimiser ({shown(e)}): use another.") from None
         clock.step, clock.before = resumed["step"], resumed["seconds"]
         origin = f"resuming  {path} at step {clock.step}"
     diffusion = make_diffusion(config, device)
@@ -1353,6 +1358,8 @@ def sample(config):
     device = choose_device(c.device)
     precision = choose_precision(c.precision, device)
     model, diffusion, _ = load_model(path, device, c.ema)
+    for place in filter(None, (c.samples_dir, c.individual)):  # if that cannot be, say so before drawing
+        Path(place).mkdir(parents=True, exist_ok=True)
     labels = sample_labels(c, model.classes, c.num_samples)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     of = f"{'averaged (EMA)' if c.ema else 'plain'} weights of {shown(c.data_path)}"

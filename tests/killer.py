@@ -1,10 +1,10 @@
-"""Kills training with SIGKILL again and again and resumes it: run by test_safety.py as a program of its own.
+"""Kills training with SIGKILL again and again and resumes it: test_safety.py runs it as a program of its own.
 
-    python killer.py KILLS SEED FOLDER FLAG...      prints a line of JSON: what was killed, and what became of it
+    python killer.py KILLS SEED FOLDER FLAG...      prints a line of JSON: how many kills, where, and what became of it
 
-It imports ddpm once and forks a process for every start of the command line, so that a start takes a fraction of a
-second. Half of the kills come from here at a random moment; the other half are sent by the process to itself at a
-named place inside a save."""
+It imports ddpm once and forks a process for every start of the command line, so that a start takes a fraction
+of a second. Half of the kills come from here at a random moment; the other half are sent by the process to itself
+at a named place inside a save."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from PIL import Image
 
 import ddpm
 
-# Where in a save a process can kill itself: after so many bytes of the file, before and after fsync and rename,
-# between the step checkpoint and the model, and in the middle of the rotation.
+# Where in a save a process can kill itself: after so many bytes of the file, before fsync, before and after the
+# rename, between the step checkpoint and the model, and in the middle of the rotation.
 PLACES = ("bytes", "fsync", "rename", "renamed", "model", "rotation")
 
 
@@ -96,7 +96,12 @@ def arm(place, rng):
             die()
         save(what, file)
 
-    os.replace, os.fsync, Path.unlink, torch.save = patched_replace, patched_fsync, patched_unlink, patched_save
+    os.replace, os.fsync, Path.unlink, torch.save = (
+        patched_replace,
+        patched_fsync,
+        patched_unlink,
+        patched_save,
+    )
 
 
 def steps_of(folder):
@@ -129,7 +134,9 @@ def finish(argv, folder, log):
 
 def main(kills, seed, folder, flags):
     rng, folder = np.random.default_rng(seed), Path(folder)
-    Figure.savefig = lambda self, file, **_: Image.new("L", (1, 1)).save(file, "PNG")  # plots take the longest
+    Figure.savefig = lambda self, file, **_: Image.new("L", (1, 1)).save(
+        file, "PNG"
+    )  # plots take the longest
     torch.set_num_threads(1)
     log = str(folder / "log")
 
@@ -166,7 +173,9 @@ def main(kills, seed, folder, flags):
         else:
             told["killed"] += 1
             told["places"][place] = told["places"].get(place, 0) + 1
-    last, _ = finish(["--mode", "train", *(["--resume"] if steps_of(run) else flags), *places("run")], run, log)
+    last, _ = finish(
+        ["--mode", "train", *(["--resume"] if steps_of(run) else flags), *places("run")], run, log
+    )
     told["finished"] += 1
     told["equal"] += same(last, whole)
     told["left"] = [str(p) for p in run.rglob("*.pt*.tmp")]

@@ -121,7 +121,9 @@ def test_no_room_for_a_checkpoint(train, tmp_path, capsys, room):
     said = the_error(capsys)
     assert "File too large" in said and "Make room" in said and "safe" in said
     assert models(tmp_path) == good and not half_files(tmp_path)
-    assert train("--resume --steps 4") == 0 and steps(tmp_path / "run") == [2, 3, 4], "2 is the one resumed from"
+    assert train("--resume --steps 4") == 0 and steps(tmp_path / "run") == [2, 3, 4], (
+        "2 is the one resumed from"
+    )
 
 
 def test_no_room_for_the_cache(train, tmp_path, monkeypatch, capsys):
@@ -136,7 +138,9 @@ def test_no_room_on_a_real_disk(train, tmp_path, monkeypatch, capsys):
     """A file system of one megabyte: the cache, 24 pictures of 256x256, must not die of SIGBUS in mid-write."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("no right to mount a file system")
     try:
         monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
@@ -310,7 +314,11 @@ def test_a_second_ctrl_c_quits_at_once(pictures, tmp_path):
         "    return real(self, step, *args, **kwargs)\n"
         "ddpm.Images.batch = batch\nraise SystemExit(ddpm.main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, str(slow), *words("--mode train", TINY, "--steps 9 --save_every 1 --data_path")]
+    command = [
+        sys.executable,
+        str(slow),
+        *words("--mode train", TINY, "--steps 9 --save_every 1 --data_path"),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     log = tmp_path / "log"
     with open(log, "w") as file:
@@ -328,7 +336,8 @@ def test_a_second_ctrl_c_quits_at_once(pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "way", ["Ctrl-C", pytest.param("SIGTERM", marks=pytest.mark.slow), pytest.param("one", marks=pytest.mark.slow)]
+    "way",
+    ["Ctrl-C", pytest.param("SIGTERM", marks=pytest.mark.slow), pytest.param("one", marks=pytest.mark.slow)],
 )
 def test_several_processes_stop_on_the_same_step(train, pictures, tmp_path, way):
     """Ctrl-C reaches the whole group and the launcher passes it on; SIGTERM comes to the launcher, or to one of
@@ -391,7 +400,9 @@ def test_half_files_of_a_crash_are_cleared_away_and_others_are_not(train, tmp_pa
     assert [f.exists() for f in ours + others] == [False] * 2 + [True] * 3
 
 
-@pytest.mark.parametrize("end", (b'{"step": 2, "lo', b"\x00" * 500, b"\xff\xfe\x80", b"[1]\n5\n", b'{"a": 1}\n'))
+@pytest.mark.parametrize(
+    "end", (b'{"step": 2, "lo', b"\x00" * 500, b"\xff\xfe\x80", b"[1]\n5\n", b'{"a": 1}\n')
+)
 def test_metrics_that_a_crash_spoiled_do_not_stop_a_resume(train, tmp_path, end):
     assert train() == 0
     file = tmp_path / "run" / "samples" / "metrics.jsonl"
@@ -418,13 +429,19 @@ def test_weights_that_overflow_while_the_loss_is_finite_are_not_saved(train, tmp
     monkeypatch.setattr(ddpm, "update_ema", update_ema)
     assert train("--steps 3") == 1
     said = the_error(capsys)
-    assert "Non-finite weights at step 3, not saved" in said and "step_00000002.pt" in said and "lower --lr" in said
+    assert (
+        "Non-finite weights at step 3, not saved" in said
+        and "step_00000002.pt" in said
+        and "lower --lr" in said
+    )
     assert steps(tmp_path / "run") == [1, 2] and ddpm.load_model(tmp_path / "run" / "model.pt")
 
 
 @pytest.mark.parametrize("kind", ("weights", "ema"))
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
-@pytest.mark.parametrize("use", ("--mode sample --model_path", "--mode train --init_from", "--mode train --resume"))
+@pytest.mark.parametrize(
+    "use", ("--mode sample --model_path", "--mode train --init_from", "--mode train --resume")
+)
 def test_weights_that_are_not_finite_are_never_loaded(train, main, tmp_path, capsys, kind, value, use):
     assert train() == 0
     source = tmp_path / "run" / "model_steps" / "step_00000002.pt"
@@ -444,7 +461,9 @@ def test_a_checkpoint_of_format_1_still_loads_and_draws_the_same_pictures(tmp_pa
     """The file and its pictures were made when format 1 was new: within one grey level they have to come back."""
     expected = np.asarray(Image.open(STORED.with_suffix(".png")))
     settings = dict(model_path=str(STORED), samples_dir=str(tmp_path), num_samples=6, sampler="ddim", seed=7)
-    drawn = ddpm.sample(ddpm.preset("animals", **settings, sampling_steps=8, guidance=1.5, device="cpu", precision="fp32"))
+    drawn = ddpm.sample(
+        ddpm.preset("animals", **settings, sampling_steps=8, guidance=1.5, device="cpu", precision="fp32")
+    )
     row = np.concatenate(list(drawn.permute(0, 2, 3, 1).numpy()), axis=1)
     assert row.shape == expected.shape and expected.std() > 30
     assert np.abs(row.astype(int) - expected).max() <= 1
@@ -466,7 +485,9 @@ def test_nothing_in_the_sources_runs_what_it_reads():
         text = file.read_text()
         for call in re.findall(r"torch\.load\([^\n]*", text):
             assert "weights_only=True" in call, f"{file.name}: {call}"
-        danger = r"(?<![.\w])(eval|exec|compile|__import__)\(|os\.(system|popen)\(|shell=True|allow_pickle=True|"
+        danger = (
+            r"(?<![.\w])(eval|exec|compile|__import__)\(|os\.(system|popen)\(|shell=True|allow_pickle=True|"
+        )
         danger += r"\bimport (pickle|marshal|shelve|dill|subprocess)|yaml\.load|torch\.hub\.load\("
         assert not re.search(danger, text), f"{file.name}: {re.search(danger, text)[0]}"
 
@@ -479,7 +500,9 @@ class Malicious:
         return open, (str(self.target), "w")
 
 
-@pytest.mark.parametrize("use", ("--mode sample --model_path", "--mode train --init_from", "--mode train --resume"))
+@pytest.mark.parametrize(
+    "use", ("--mode sample --model_path", "--mode train --init_from", "--mode train --resume")
+)
 @pytest.mark.parametrize("place", ("extra", "config", "classes", "weights"))
 def test_a_checkpoint_that_would_run_code_is_refused(main, tmp_path, capsys, place, use):
     torch.save(checkpoint(STORED) | {place: Malicious(tmp_path / "pwned")}, tmp_path / "bad.pt")
@@ -489,7 +512,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(main, tmp_path, capsys, pla
     assert "bad.pt cannot be read safely" in said and "Use another" in said and tree(tmp_path) == before
 
 
-NASTY = ["../../outside", "/absolute", "\x1b[2J\x1b]0;owned\x07", "a\nerror: b\r", "$(touch pwned)", "\u202etxt.exe"]
+NASTY = [
+    "../../outside",
+    "/absolute",
+    "\x1b[2J\x1b]0;owned\x07",
+    "a\nerror: b\r",
+    "$(touch pwned)",
+    "\u202etxt.exe",
+]
 
 
 def test_names_in_a_checkpoint_reach_no_path_and_no_terminal(main, tmp_path, capsys, quick_plots):
@@ -501,18 +531,26 @@ def test_names_in_a_checkpoint_reach_no_path_and_no_terminal(main, tmp_path, cap
     rows = torch.randn(len(NASTY) + 1, saved["ema"]["embed.labels.weight"].shape[1])
     for kind in ("weights", "ema"):
         saved[kind]["embed.labels.weight"] = rows
-    config = saved["config"] | dict(data_path="x\x1b[31m", individual="../outside", gif=False, samples_dir="../outside")
+    config = saved["config"] | dict(
+        data_path="x\x1b[31m", individual="../outside", gif=False, samples_dir="../outside"
+    )
     torch.save(saved | dict(classes=NASTY, config=config), "model.pt")
     base = "--mode sample --model_path model.pt --num_samples 6 --sampling_steps 2 --device cpu"
     assert main(base, "--individual each") == 0
     assert main(base) == 0
     assert main(base, "--classes unicorn") == 1
     written = {name for name in tree(tmp_path) if "each" not in name}
-    assert written == {f"a/b/{n}" for n in ("model.pt", "samples/generated_sample.png", "samples/denoising_steps.png")}
+    assert written == {
+        f"a/b/{n}" for n in ("model.pt", "samples/generated_sample.png", "samples/denoising_steps.png")
+    }
     assert sorted(os.listdir("each")) == [f"{i:05d}.png" for i in range(6)]
     out, err = capsys.readouterr()
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202e]", out + err.split("error:")[1])
-    assert r"\x1b[2J" in err and r"\nerror: b" in err and err.strip().splitlines()[-1].startswith("error: --classes")
+    assert (
+        r"\x1b[2J" in err
+        and r"\nerror: b" in err
+        and err.strip().splitlines()[-1].startswith("error: --classes")
+    )
 
 
 def test_names_of_classes_reach_no_terminal_in_training(train, tmp_path, capsys):
@@ -531,7 +569,9 @@ def test_a_terminal_without_the_letters_of_a_name_is_no_reason_to_stop(pictures,
     (tmp_path / "data" / "disc").rename(tmp_path / "data" / "żółw")
     command = [sys.executable, str(ROOT / "ddpm.py"), *words("--mode train --dry_run --data_path data", TINY)]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=200)
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=200
+    )
     assert result.returncode == 0, result.stderr
     assert r"\u017c\xf3\u0142w 8" in result.stdout
 
@@ -542,7 +582,13 @@ def test_files_have_the_rights_that_the_umask_leaves(train, main, tmp_path, monk
     before = os.umask(mask)
     try:
         assert train("--sample_every 1") == 0
-        assert main("--mode sample --num_samples 1 --sampling_steps 1 --gif --model_path", tmp_path / "run" / "model.pt") == 0
+        assert (
+            main(
+                "--mode sample --num_samples 1 --sampling_steps 1 --gif --model_path",
+                tmp_path / "run" / "model.pt",
+            )
+            == 0
+        )
     finally:
         os.umask(before)
     modes = {str(p): p.stat().st_mode & 0o777 for p in tmp_path.rglob("*") if p.is_file()}
@@ -569,7 +615,17 @@ def cached(pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "damage",
-    ["no npy", "no json", "neither", "empty npy", "cut header", "cut pixels", "empty json", "cut json", "text npy"],
+    [
+        "no npy",
+        "no json",
+        "neither",
+        "empty npy",
+        "cut header",
+        "cut pixels",
+        "empty json",
+        "cut json",
+        "text npy",
+    ],
 )
 def test_a_damaged_cache_is_decoded_anew(cached, damage):
     load, right, pixels, reasons = cached
