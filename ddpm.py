@@ -204,10 +204,12 @@ def check(config):
         if choices:
             require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}.")
         kinds = {*typing.get_args(f.type), f.type} | ({int} if "float" in str(f.type) else set())
-        one, several = not isinstance(value, tuple), typing.get_origin(f.type) is tuple
-        for v in [value] if one else value:  # a checkpoint can hold no other types, and no file name a \0
-            require(one != several and type(v) in kinds and not (type(v) is str and "\0" in v),
-                    f"--{name} {v!r}: give {f.type.__name__ if isinstance(f.type, type) else f.type}.")
+        several = typing.get_origin(f.type) is tuple
+        values = [value] if not several else value if type(value) is tuple else [None]
+        # A checkpoint can hold no other types, and the name of a file no \0.
+        good = all(type(v) in kinds and not (type(v) is str and "\0" in v) for v in values)
+        require(good, f"--{name} {value!r}: give {f.type.__name__ if isinstance(f.type, type) else f.type}.")
+        for v in values:
             good = low is None or v is None or low <= v <= high
             require(good, f"--{name} {v} is out of range: give {low} to {high}.")
     require(c.channel_mults, "--channel_mults is empty: give a number for each stage, as in 1 2 2.")

@@ -1,10 +1,10 @@
 """Kills training with SIGKILL again and again and resumes it: test_safety.py runs it as a program of its own.
 
-    python killer.py KILLS SEED FOLDER FLAG...      prints a line of JSON: how many kills, where, and what became of it
+    python killer.py KILLS SEED FOLDER FLAG...      prints JSON: how many kills, where, and what became of it
 
 It imports ddpm once and forks a process for every start of the command line, so that a start takes a fraction
-of a second. Half of the kills come from here at a random moment; the other half are sent by the process to itself
-at a named place inside a save."""
+of a second. Half of the kills come from here at a random moment; the other half a process sends to itself at
+a named place inside a save."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from PIL import Image
 
 import ddpm
 
-# Where in a save a process can kill itself: after so many bytes of the file, before fsync, before and after the
-# rename, between the step checkpoint and the model, and in the middle of the rotation.
+# Where in a save a process can kill itself: after so many bytes of the file, before fsync, before and after
+# the rename, between the step checkpoint and the model, and in the middle of the rotation.
 PLACES = ("bytes", "fsync", "rename", "renamed", "model", "rotation")
 
 

@@ -1,4 +1,4 @@
-"""What users.md promises, with the damage done for real: kills, full disks, signals, half files, foreign bytes."""
+"""Safety, with the damage done for real: kills, full disks, signals, half files, names by strangers."""
 
 import contextlib
 import json
@@ -75,7 +75,7 @@ def before_step(monkeypatch, number, do):
 
 
 def test_kill_nine_at_any_moment_loses_nothing(request, pictures, record_property):
-    """After every kill all step checkpoints load and none is lost; the end equals that of the uninterrupted run."""
+    """After every kill all checkpoints load and none is lost; the end is that of an uninterrupted run."""
     kills = 120 if request.config.getoption("--slow") else 6
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a kill spares the page cache
     flags = words(
@@ -135,7 +135,7 @@ def test_no_room_for_the_cache(train, tmp_path, monkeypatch, capsys):
 
 
 def test_no_room_on_a_real_disk(train, tmp_path, monkeypatch, capsys):
-    """A file system of one megabyte: the cache, 24 pictures of 256x256, must not die of SIGBUS in mid-write."""
+    """A disk of one megabyte: the cache of 24 pictures of 256x256 must not die of SIGBUS in mid-write."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -340,8 +340,8 @@ def test_a_second_ctrl_c_quits_at_once(pictures, tmp_path):
     ["Ctrl-C", pytest.param("SIGTERM", marks=pytest.mark.slow), pytest.param("one", marks=pytest.mark.slow)],
 )
 def test_several_processes_stop_on_the_same_step(train, pictures, tmp_path, way):
-    """Ctrl-C reaches the whole group and the launcher passes it on; SIGTERM comes to the launcher, or to one of
-    the processes alone. If they stopped on different steps, they would wait for each other for ever."""
+    """Ctrl-C reaches the group, and the launcher passes it on; SIGTERM comes to the launcher or one process.
+    If they stopped on different steps, they would wait for each other for ever."""
     run = tmp_path / "run"
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     more = "--steps 100000 --save_every 100000 --log_every 10 --device cpu"
@@ -416,7 +416,7 @@ def test_metrics_that_a_crash_spoiled_do_not_stop_a_resume(train, tmp_path, end)
 
 
 def test_weights_that_overflow_while_the_loss_is_finite_are_not_saved(train, tmp_path, monkeypatch, capsys):
-    """The last layer is normalised before it: its input may overflow unseen. Here a step spoils an unused bias."""
+    """Norms and unused rows can hide an overflow from the loss. Here a step spoils one row of the labels."""
     real, calls = ddpm.update_ema, []
 
     def update_ema(ema, model, *args):
@@ -458,7 +458,7 @@ STORED = HERE / "checkpoint_format_1.pt"
 
 
 def test_a_checkpoint_of_format_1_still_loads_and_draws_the_same_pictures(tmp_path, quick_plots):
-    """The file and its pictures were made when format 1 was new: within one grey level they have to come back."""
+    """File and pictures were made when format 1 was new: they have to come back, to one grey level."""
     expected = np.asarray(Image.open(STORED.with_suffix(".png")))
     settings = dict(model_path=str(STORED), samples_dir=str(tmp_path), num_samples=6, sampler="ddim", seed=7)
     drawn = ddpm.sample(
@@ -523,7 +523,7 @@ NASTY = [
 
 
 def test_names_in_a_checkpoint_reach_no_path_and_no_terminal(main, tmp_path, capsys, quick_plots):
-    """Names of classes, the data's path and the folder of single pictures, as a stranger may have chosen them."""
+    """Names of classes, the data's path and the folder of single pictures, as a stranger may choose them."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     os.chdir(inner)
@@ -600,7 +600,7 @@ def test_files_have_the_rights_that_the_umask_leaves(train, main, tmp_path, monk
 
 @pytest.fixture
 def cached(pictures, tmp_path, monkeypatch):
-    """load() decodes the pictures through a cache file in tmp_path; also the right pixels, and the two files."""
+    """load() decodes through a cache in tmp_path; with the right pixels, and the two files of the cache."""
     settings = dict(data_path=str(pictures), image_size=16, download_dir=str(tmp_path / "d"))
     right = ddpm.load_images(ddpm.preset("animals", **settings)).pixels
     monkeypatch.setattr(ddpm, "IN_MEMORY", 0)

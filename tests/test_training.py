@@ -591,36 +591,6 @@ def last_step_of(folder):
     return checkpoint(sorted(Path(folder, "saved_models", "denoise_model_steps").iterdir())[-1])["step"]
 
 
-@pytest.mark.slow
-def test_a_loadable_checkpoint_survives_kill_nine_at_any_moment(program, pictures, tmp_path):
-    flags = words(TINY, "--steps 100000 --save_every 1 --data_path", pictures)
-    rng = np.random.default_rng(0)
-    for trial in range(12):
-        command = [
-            sys.executable,
-            str(ROOT / "ddpm.py"),
-            "--mode",
-            "train",
-            *(["--resume"] if trial else flags),
-        ]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        before, begun = last_saved(tmp_path), time.monotonic()
-        while last_saved(tmp_path) <= before and time.monotonic() - begun < 60:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        process.wait()
-        assert last_step_of(tmp_path) > before
-        ddpm.load_model(tmp_path / "saved_models" / "denoise_model.pt")
-
-
-def last_saved(folder):
-    files = sorted(Path(folder, "saved_models", "denoise_model_steps").glob("step_*.pt"))
-    return int(files[-1].stem[5:]) if files else 0
-
-
 class Unpicklable:
     def __reduce__(self):
         raise RuntimeError("half way")
