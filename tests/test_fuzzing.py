@@ -81,7 +81,7 @@ TINY = dict(
 def test_valid_settings_train_and_draw_or_are_refused_before_a_file_is_written(pictures, quick_plots):
     told = dict(trained=0, refused=0)
 
-    @cases(24, 300)
+    @cases(24, 150)
     @given(st.fixed_dictionaries(TINY), st.data())
     def any_settings(given, data):
         if data.draw(st.sampled_from([True, True, True, True, False])):  # mostly: what has to fit does
@@ -155,7 +155,7 @@ ANYTHING = st.one_of(
 def test_a_setting_of_any_kind_is_good_or_refused_in_a_sentence(name):
     """And what is good can be kept in a checkpoint, which takes plain values only."""
 
-    @cases(40, 1500)
+    @cases(40, 500)
     @given(ANYTHING)
     def any_value(value):
         config = dataclasses.replace(ddpm.Config(), **{name: value})
@@ -207,7 +207,7 @@ def test_a_damaged_checkpoint_is_refused_or_the_same_as_ever(tmp_path):
     whole, path, told = STORED.read_bytes(), tmp_path / "x.pt", dict(refused=0, same=0)
     right = ddpm.load_model(STORED)[0].state_dict()
 
-    @cases(150, 6000)
+    @cases(150, 2000)
     @given(st.data())
     def any_bytes(data):
         path.write_bytes(damaged(data, whole))
@@ -229,7 +229,7 @@ def test_a_single_flipped_bit_in_a_checkpoint_is_refused_or_harmless(tmp_path):
     whole, path, told = STORED.read_bytes(), tmp_path / "x.pt", dict(refused=0, same=0)
     right = ddpm.load_model(STORED)[0].state_dict()
 
-    @cases(150, 6000)
+    @cases(150, 2000)
     @given(st.integers(0, 8 * len(whole) - 1))
     def any_bit(bit):
         content = bytearray(whole)
@@ -269,7 +269,7 @@ def test_a_checkpoint_with_any_value_in_any_place_is_refused_or_works(tmp_path):
     """Well-formed files by a stranger: a part of the checkpoint, a setting or a weight is another thing."""
     whole, path, told = torch.load(STORED, weights_only=True), tmp_path / "x.pt", dict(refused=0, works=0)
 
-    @cases(150, 4000)
+    @cases(100, 1000)
     @given(st.data())
     def any_value(data):
         value, changed = data.draw(NESTED), dict(whole)
@@ -314,7 +314,7 @@ def test_a_damaged_picture_is_read_or_named_and_left_out(tmp_path, kind, capsys)
     config = ddpm.preset("animals", data_path=str(tmp_path), image_size=8, download_dir=str(tmp_path / "d"))
     others = None
 
-    @cases(25, 1000)
+    @cases(25, 300)
     @given(st.data())
     def any_bytes(data):
         nonlocal others
