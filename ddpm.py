@@ -67,7 +67,7 @@ def shown(text):
 
 # --------------------------------------------------------------------------------------------------- settings
 
-def flag(default, meaning, low=None, high=None, choices=None, group=None):
+def flag(default, meaning, low=None, high=math.inf, choices=None, group=None):
     """A setting: default, meaning, bounds or choices, and, where a group of --help begins, its name."""
     limits = dict(meaning=meaning, low=low, high=high, choices=choices and choices.split(), group=group)
     return dataclasses.field(default=default, metadata=limits)
@@ -210,7 +210,7 @@ def check(config):
         good = all(type(v) in kinds and not (type(v) is str and "\0" in v) for v in values)
         require(good, f"--{name} {value!r}: give {f.type.__name__ if isinstance(f.type, type) else f.type}.")
         for v in values:
-            good = low is None or v is None or low <= v <= high
+            good = low is None or v is None or low <= v <= high and v != math.inf
             require(good, f"--{name} {v} is out of range: give {low} to {high}.")
     require(c.channel_mults, "--channel_mults is empty: give a number for each stage, as in 1 2 2.")
     require(any(getattr(c, n) for n in LENGTHS), "No length: give one of --steps, --epochs, --minutes.")
@@ -1016,6 +1016,9 @@ def train(config):
     slices = world * config.grad_accum
     require(config.batch_size % slices == 0, f"--batch_size {config.batch_size} does not split into {slices} "
             f"({world} processes, --grad_accum {config.grad_accum}): use a multiple of {slices}.")
+    deepest = network_size(config) // {"simple": 16, "resnet18": 32}.get(config.arch, 1)
+    require(deepest > 1 or config.batch_size > slices, f"--batch_size {config.batch_size} leaves --arch "
+            f"{config.arch} one pixel to normalise by: use {2 * slices} or more, or a larger --image_size.")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

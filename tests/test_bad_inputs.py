@@ -113,6 +113,8 @@ CLASHES = [
     ("--steps 3 --minutes 1", "--steps and --minutes", "give one"),
     ("--batch_size 5 --grad_accum 2", "--batch_size 5", "use a multiple of 2"),
     ("--batch_size 4 --grad_accum 8", "--grad_accum 8", "use a multiple of 8"),
+    ("--arch simple --batch_size 2 --grad_accum 2", "--batch_size 2", "use 4 or more"),
+    ("--arch resnet18 --image_size 32 --batch_size 1", "--batch_size 1", "a larger --image_size"),
     ("--holdout 0.01", "--holdout 0.01", "both need one"),
     ("--init_from gone.pt", "gone.pt", "give the path of a file that --mode train wrote"),
     ("--init_from folder", "folder", "give the path of a file that --mode train wrote"),
