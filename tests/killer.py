@@ -27,6 +27,9 @@ import ddpm
 PLACES = ("bytes", "fsync", "rename", "renamed", "model", "rotation")
 
 
+FLAGS = os.WEXITED | os.WNOHANG | os.WNOWAIT  # look whether a process has ended, and leave it as it is
+
+
 def start(argv, log):
     """Fork a process that runs the command line; its number."""
     pid = os.fork()
@@ -134,9 +137,7 @@ def finish(argv, folder, log):
 
 def main(kills, seed, folder, flags):
     rng, folder = np.random.default_rng(seed), Path(folder)
-    Figure.savefig = lambda self, file, **_: Image.new("L", (1, 1)).save(
-        file, "PNG"
-    )  # plots take the longest
+    Figure.savefig = lambda self, file, **_: Image.new("L", (1, 1)).save(file, "PNG")  # or plots take longest
     torch.set_num_threads(1)
     log = str(folder / "log")
 
@@ -149,11 +150,12 @@ def main(kills, seed, folder, flags):
         before = max(steps_of(run), default=0)
         argv = ["--mode", "train", *(["--resume"] if before else flags), *places("run")]
         place = "moment" if told["killed"] % 2 else PLACES[told["killed"] // 2 % len(PLACES)]
-        told["started"] += 1
+        told["started"], began = told["started"] + 1, time.monotonic()
         if place == "moment":
-            pid = start(argv, log)
-            time.sleep(rng.uniform(0, seconds))
-            os.kill(pid, signal.SIGKILL)
+            until, pid = began + rng.uniform(0, seconds), start(argv, log)
+            while time.monotonic() < until and not os.waitid(os.P_PID, pid, FLAGS):
+                time.sleep(0.002)
+            os.kill(pid, signal.SIGKILL)  # of one that has ended it does nothing
         else:
             kept = os.replace, os.fsync, Path.unlink, torch.save
             arm(place, rng)
@@ -167,6 +169,7 @@ def main(kills, seed, folder, flags):
         if (run / "model.pt").exists():
             ddpm.load_model(run / "model.pt")
         if code == 0:  # it came to its end first
+            seconds = min(seconds, time.monotonic() - began)
             told["finished"] += 1
             told["equal"] += same(state(found[max(found)]), whole)
             shutil.rmtree(run)
