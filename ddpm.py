@@ -26,6 +26,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import glob
 import hashlib
 import json
 import math
@@ -36,6 +37,7 @@ import signal
 import sys
 import time
 import typing
+import zipfile
 from collections import Counter, OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,6 +62,10 @@ def require(condition, message):
     if not condition:
         raise UserError(message)
 
+def shown(text):
+    """The text with all that could steer a terminal, or break the line, spelt out as in \\x1b."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
+
 # --------------------------------------------------------------------------------------------------- settings
 
 def flag(default, meaning, low=None, high=math.inf, choices=None, group=None):
@@ -78,7 +84,7 @@ class Config:
     data_path: str = flag("animal_data", f"folder of pictures, or one of {' '.join(DATASETS)}", group="data")
     download_dir: str = flag("data", "folder for downloads and for the cache of decoded pictures")
     image_size: int = flag(64, "side of the square pictures, in pixels", 8, 1024)
-    max_images: int | None = flag(None, "use at most this many pictures, drawn by --seed (default: all)", 1)
+    max_images: int | None = flag(None, "at most so many pictures, drawn by --seed (default: all)", 1, 10**12)
     hflip: bool = flag(False, "mirror half of the training pictures, left to right")
     holdout: float = flag(0.0, "share of the pictures kept out of training, to measure on", 0, 0.9)
     timesteps: int = flag(1000, "number of noise levels T", 10, 100_000, group="diffusion")
@@ -99,7 +105,7 @@ class Config:
     class_cond: bool = flag(True, "learn the classes, where the data has two or more")
     label_dropout: float = flag(0.1, "share of training pictures whose label is hidden, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
-    steps: int | None = flag(3000, "length of training: optimiser steps,", 1, group="training")
+    steps: int | None = flag(3000, "length of training: optimiser steps,", 1, 10**12, group="training")
     epochs: float | None = flag(None, "or passes over the pictures,", 1e-6, 1e9)
     minutes: float | None = flag(None, "or minutes by the clock", 1e-3, 1e7)
     batch_size: int = flag(16, "pictures an optimiser step sees, over all processes and slices", 1, 10**6)
@@ -145,6 +151,9 @@ GROUPS = {}  # name of a group -> its settings
 for _f in FIELDS.values():
     GROUPS.setdefault(_f.metadata["group"] or list(GROUPS)[-1], []).append(_f.name)
 LENGTHS = ("steps", "epochs", "minutes")
+# What belongs to one command and not to the model that it leaves.
+EDITING = ("init_image", "strength", "mask", "interpolate")
+FOR_ONCE = ("resume", "init_from", "individual", *EDITING)
 # What --mode sample may be told, and what a resumed run may change; the rest is fixed by the checkpoint.
 FOR_SAMPLING = {*GROUPS["places"], *GROUPS["sampling"], "device", "precision", "seed"}
 FOR_RESUMING = {*GROUPS["places"], *GROUPS["sampling"], *GROUPS["running"], *LENGTHS,
@@ -191,7 +200,10 @@ def override(config, **given):
 def preset(name, **overrides):
     """The Config of a recipe in PRESETS, with any settings overridden: preset("cifar10", steps=10)."""
     require(name in PRESETS, f"There is no preset {name!r}: choose from {', '.join(PRESETS)}.")
-    return override(override(Config(preset=name), **PRESETS[name]), **overrides)
+    config = override(Config(preset=name), **PRESETS[name])
+    if overrides.get("schedule", config.schedule) != config.schedule:
+        config = override(config, beta_start=None, beta_end=None)  # they belong to the recipe's own schedule
+    return override(config, **overrides)
 
 def check(config):
     """Raise UserError for the first setting that is out of its range or clashes with another."""
@@ -200,9 +212,16 @@ def check(config):
         value, low, high, choices = getattr(c, name), *(f.metadata[k] for k in ("low", "high", "choices"))
         if choices:
             require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}.")
-        for v in value if isinstance(value, tuple) else [value]:
-            good = low is None or v is None or (low <= v <= high and math.isfinite(v))
+        kinds = {*typing.get_args(f.type), f.type} | ({int} if "float" in str(f.type) else set())
+        several = typing.get_origin(f.type) is tuple
+        values = [value] if not several else value if type(value) is tuple else [None]
+        # A checkpoint can hold no other types, and the name of a file no \0.
+        good = all(type(v) in kinds and not (type(v) is str and "\0" in v) for v in values)
+        require(good, f"--{name} {value!r}: give {f.type.__name__ if isinstance(f.type, type) else f.type}.")
+        for v in values:
+            good = low is None or v is None or low <= v <= high and v != math.inf
             require(good, f"--{name} {v} is out of range: give {low} to {high}.")
+    require(c.channel_mults, "--channel_mults is empty: give a number for each stage, as in 1 2 2.")
     require(any(getattr(c, n) for n in LENGTHS), "No length: give one of --steps, --epochs, --minutes.")
     T, (start, end) = c.timesteps, beta_range(c.timesteps, c.beta_start, c.beta_end)
     require(c.schedule != "cosine" or not (c.beta_start or c.beta_end),
@@ -660,7 +679,10 @@ def folder_source(root):
     """The picture files below a folder; the first sub-folder on the way to a file is its class."""
     require(root.is_dir(), f"No folder {root}: give --data_path pictures, or one of {', '.join(DATASETS)}.")
     files, others, seen = [], Counter(), set()
-    for place, folders, names in os.walk(root, followlinks=True):
+    def cannot_list(error):
+        raise error
+
+    for place, folders, names in os.walk(root, followlinks=True, onerror=cannot_list):
         if (real := os.path.realpath(place)) in seen:  # a link that leads round in a circle
             folders.clear()
             continue
@@ -671,12 +693,15 @@ def folder_source(root):
         others.update(Path(name).suffix.lower() or name for name in {*names} - {*good})
     saw = f"{others.total()} files ({', '.join(f'{suffix} {n}' for suffix, n in sorted(others.items())[:8])})"
     require(files, f"No pictures in {root}: saw {saw}; accepted {' '.join(SUFFIXES)}.")
-    parts, stats = [file.relative_to(root).parts for file in files], [file.stat() for file in files]
+    parts, stats = [f.relative_to(root).parts for f in files], [f.is_file() and f.stat() for f in files]
     classes = sorted({p[0] for p in parts if len(p) > 1})
     labels = np.array([classes.index(p[0]) if len(p) > 1 else -1 for p in parts])
     names = ["/".join(p) for p in parts]
-    key = [f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in zip(names, stats)]
-    return Source(names, labels, classes, key, lambda i: open_picture(files[i]))
+    key = [str(root.resolve()), *zip(names, [s and (s.st_size, s.st_mtime_ns) for s in stats])]
+    def opened(i):
+        require(stats[i], "a link to nowhere, or no file")  # to wait for a pipe would be for ever
+        return open_picture(files[i])
+    return Source(names, labels, classes, key, opened)
 
 def torchvision_source(name, root):
     """One of torchvision's data sets, downloaded if need be: the training pictures (of flowers102, all)."""
@@ -687,9 +712,10 @@ def torchvision_source(name, root):
     except ImportError as e:
         package = {"flowers102": "scipy", "celeba": "gdown"}.get(name, e.name)
         raise UserError(f"The data set {name} needs the package {package}: pip install {package}") from None
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"{name} could not be downloaded ({str(e).splitlines()[0]}). Put its files where "
-                        f"torchvision looks for them, in {Path(root).resolve()}, or give a folder.") from None
+    except Exception as e:  # of files cut short too
+        why, place = [*str(e).splitlines(), repr(e)][0], Path(root).resolve()
+        raise UserError(f"{name} could not be downloaded ({why}). Put its files where torchvision looks for "
+                        f"them, in {place}, or give a folder.") from None
     data = torch.utils.data.ConcatDataset(parts)
     if name == "celeba":
         labels, classes = np.full(len(data), -1), []
@@ -718,7 +744,7 @@ def decode_all(source, chosen, size, cache):
     stay in memory. A large one is written to a file that gets its name, `cache`, when it is whole: neither a
     crash nor a second start at the same time can make a wrong one."""
     reasons = cache.with_suffix(".json")
-    if cache.exists():
+    with contextlib.suppress(OSError, ValueError, EOFError):  # there is none, or a damaged one: decode anew
         bad = json.loads(reasons.read_text())
         return np.load(cache, mmap_mode="c"), {int(row): reason for row, reason in bad.items()}
     def every(work, what):  # work(image) of each picture in turn, or the reason why it failed
@@ -736,17 +762,25 @@ def decode_all(source, chosen, size, cache):
     shape, partial = (len(chosen), channels, side, side), cache.with_suffix(f".{os.getpid()}.tmp")
     if large := math.prod(shape) > IN_MEMORY:
         cache.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape) if large else np.zeros(shape, np.uint8)
-    for row, result in enumerate(every(lambda image: decode(image, size, channels), "decoding")):
-        if isinstance(result, str):
-            bad[row] = result
-        else:
-            pixels[row] = result
-    if large:
-        pixels.flush()
-        atomic_write(reasons, lambda f: f.write(json.dumps(bad).encode()))
-        os.replace(partial, cache)
-        pixels = np.load(cache, mmap_mode="c")
+    try:
+        pixels = np.zeros(0 if large else shape, np.uint8)
+        if large:
+            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+            if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process in mid-write
+                with open(partial, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, partial.stat().st_size)
+        for row, result in enumerate(every(lambda image: decode(image, size, channels), "decoding")):
+            if isinstance(result, str):
+                bad[row] = result
+            else:
+                pixels[row] = result
+        if large:
+            pixels.flush()
+            atomic_write(reasons, lambda f: f.write(json.dumps(bad).encode()))
+            os.replace(partial, cache)
+            pixels = np.load(cache, mmap_mode="c")
+    finally:
+        partial.unlink(missing_ok=True)
     return pixels, bad
 
 class Images:
@@ -754,8 +788,8 @@ class Images:
     classes: their names, none where they are not learned; train and held_out: the rows of either."""
     def __init__(self, source, chosen, pixels, bad, config, device):
         if bad:
-            listed = "\n".join(f"  {source.names[chosen[row]]!r}: {bad[row]}" for row in list(bad)[:10])
-            print(f"{len(bad)} of {len(chosen)} pictures cannot be read:\n{listed}", file=sys.stderr)
+            listed = [f"\n  {source.names[chosen[row]]!r}: {shown(bad[row])}" for row in list(bad)[:10]]
+            print(f"{len(bad)} of {len(chosen)} pictures cannot be read:{''.join(listed)}", file=sys.stderr)
         require(len(bad) < 0.05 * len(chosen), "That is 5 % of the pictures or more: mend or remove them.")
         good = np.setdiff1d(np.arange(len(chosen)), list(bad))
         order = np.random.default_rng(mix(config.seed, 1)).permutation(good)
@@ -770,7 +804,8 @@ class Images:
         if torch.device(device).type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 3:
             self.pixels = self.pixels.to(device)
         self.channels, self.seed, self.hflip, self._order = pixels.shape[1], config.seed, config.hflip, {}
-        names = hashlib.sha256("\n".join(source.names[i] for i in chosen).encode()).hexdigest()[:12]
+        names = "\n".join(source.names[i] for i in chosen).encode(errors="surrogatepass")
+        names = hashlib.sha256(names).hexdigest()[:12]
         self.fingerprint = f"{len(chosen)} pictures, {len(bad)} bad, names {names}"
 
     def order(self, epoch):
@@ -820,6 +855,8 @@ def atomic_write(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
+    except RuntimeError as e:  # torch.save's on a full disk hides the error that caused it
+        raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
     finally:
         partial.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # make the new name durable too
@@ -832,17 +869,29 @@ def read_checkpoint(path):
     """The dictionary in a checkpoint, tensors on the CPU. UserError if it cannot be trusted or understood."""
     require(Path(path).is_file(), f"No checkpoint {path}: give the path of a file that --mode train wrote.")
     try:
+        with zipfile.ZipFile(path) as f:  # PyTorch does not compare the checksums that it writes
+            require(f.testzip() is None, "a wrong checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # bad bytes can raise anything
         raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors and plain "
                         f"values ({type(e).__name__}). Use another checkpoint.") from None
-    require(isinstance(checkpoint, dict) and {"format", "config", "weights"} <= checkpoint.keys(),
-            f"{path} is not a checkpoint of ddpm.py: format number, configuration or weights are missing.")
+    kinds = dict(format=int, config=dict, weights=dict, classes=list, channels=int)
+    good = isinstance(checkpoint, dict) and all(type(checkpoint.get(k)) is kind for k, kind in kinds.items())
+    require(good, f"{path} is not a checkpoint of ddpm.py: format number, configuration or weights are "
+            "missing. Give one that --mode train wrote.")
     require(checkpoint["format"] == FORMAT, f"{path} has format {checkpoint['format']}, and this ddpm.py "
             f"reads format {FORMAT}: use the version that wrote it.")
-    tensors = [*checkpoint["weights"].values(), *checkpoint.get("ema", {}).values()]
-    require(all(v.isfinite().all() for v in tensors), f"{path} has weights that are not finite: use another.")
+    states = [checkpoint["weights"], checkpoint.get("ema", {})]
+    good = checkpoint["channels"] in (1, 3) and all(
+        isinstance(s, dict) and all(type(v) is torch.Tensor for v in s.values()) for s in states) and all(
+        type(name) is str for some in (*states, checkpoint["config"], checkpoint["classes"]) for name in some)
+    require(good, f"{path} holds other things than ddpm.py writes: use another.")
+    require(all_finite(*states), f"{path} has weights that are not finite: use another.")
     return checkpoint
+
+def all_finite(*states):
+    """Whether every tensor in some state dictionaries is free of NaN and infinities."""
+    return all(v.isfinite().all().item() for state in states for v in state.values())
 
 def stored_config(checkpoint, path, given=None, allowed=()):
     """The Config in a checkpoint with those `given` settings that may differ, UserError for any that may not.
@@ -850,7 +899,11 @@ def stored_config(checkpoint, path, given=None, allowed=()):
     stored = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()}
     unknown, given = ", ".join(stored.keys() - FIELDS.keys()), given or {}
     require(not unknown, f"{path} has settings that this ddpm.py does not know: {unknown}. Use a newer one.")
-    config = Config(**stored | dict(resume=None, init_from=None))  # these say how that run began
+    config = Config(**stored | dict.fromkeys(FOR_ONCE))
+    try:
+        check(config)
+    except UserError as e:
+        raise UserError(f"{path} has a configuration that cannot be ({e}) Use another.") from None
     for name, value in given.items():
         was = getattr(config, name)
         require(name in allowed or value == was,
@@ -862,7 +915,8 @@ def load_weights(model, state, path):
     try:
         model.load_state_dict({re.sub(r"^(module\.)?(_orig_mod\.)?", "", k): v for k, v in state.items()})
     except RuntimeError as e:
-        raise UserError(f"{path} does not fit its own network: {str(e).splitlines()[1].strip()}") from None
+        raise UserError(f"{path} does not fit its own network: {str(e).splitlines()[1].strip()} "
+                        "Use another.") from None
 
 def load_model(path, device="cpu", ema=True):
     """The model in a checkpoint: (model in eval mode, diffusion, config). model.classes names its classes.
@@ -880,7 +934,10 @@ def choose_device(name):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in there if there[n]) if name == "auto" else name
     require(there[name], f"--device {name}: PyTorch sees none here. Leave it out, or install a build for it.")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
+    require(not index or index < torch.cuda.device_count(), f"Process {index} has no GPU: there are "
+            f"{torch.cuda.device_count()}. Give torchrun --nproc_per_node as many, or --device cpu.")
+    return torch.device(name, index)
 
 def choose_precision(name, device):
     """fp32, bf16 or fp16 for --precision: auto is bf16 where the hardware has instructions for it."""
@@ -940,7 +997,10 @@ def learning_rate(config, step, share):
 
 def step_files(model_path):
     """The folder of a model's step checkpoints, and those in it, oldest first."""
-    folder = Path(model_path).with_name(Path(model_path).stem + "_steps")
+    path = Path(model_path)
+    require(path.name and not path.is_dir(),
+            f"--model_path {model_path} is a folder: give a file in it, as in {path / 'model.pt'}.")
+    folder = path.with_name(path.stem + "_steps")
     return folder, sorted(folder.glob("step_*.pt"))
 
 def find_resume(config):
@@ -952,12 +1012,12 @@ def find_resume(config):
         try:
             return path, read_checkpoint(path)
         except UserError as e:
-            print(f"warning: {e} Trying the one before.", file=sys.stderr)
+            print(shown(f"warning: {e} Trying the one before."), file=sys.stderr)
     raise UserError(f"Nothing to resume in {folder}: leave out --resume to start a run.")
 
-def set_aside(model_path):
-    """Rename an earlier model and its step checkpoints, so that a new run overwrites nothing, and say so."""
-    for path in (Path(model_path), step_files(model_path)[0]):
+def set_aside(*paths):
+    """Rename what an earlier run wrote, so that this one overwrites it not and mixes not with it; say so."""
+    for path in paths:
         names = (path.with_name(f"{path.name}.previous{n or ''}") for n in (0, *range(2, 10**6)))
         if path.exists():
             kept = path.rename(next(name for name in names if not name.exists()))
@@ -979,6 +1039,9 @@ def train(config):
     """Train as the Config says and write model, checkpoints and pictures. Returns the model's path. UserError
     for what the user can mend; SystemExit 130 or 143 after a clean stop by Ctrl-C or SIGTERM."""
     check(config)
+    there, data = Path(config.samples_dir).resolve(), Path(config.data_path).resolve()
+    require(not there.is_relative_to(data), f"--samples_dir {there} is inside --data_path {data}, and what "
+            "is written there would be learned too: choose another folder.")
     keep_memory()
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
@@ -986,12 +1049,19 @@ def train(config):
     slices = world * config.grad_accum
     require(config.batch_size % slices == 0, f"--batch_size {config.batch_size} does not split into {slices} "
             f"({world} processes, --grad_accum {config.grad_accum}): use a multiple of {slices}.")
+    deepest = network_size(config) // {"simple": 16, "resnet18": 32}.get(config.arch, 1)
+    require(deepest > 1 or config.batch_size > slices, f"--batch_size {config.batch_size} leaves --arch "
+            f"{config.arch} one pixel to normalise by: use {2 * slices} or more, or a larger --image_size.")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # ---- data, network, optimiser, and where an earlier run left off
     path, resumed = find_resume(config) if config.resume else (None, None)
     if resumed:
+        kinds = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
+        require(all(type(resumed.get(k)) is kind for k, kind in kinds.items()),
+                f"{path} is a model to sample from, not all that a run needs to go on: give --resume one of "
+                f"{step_files(config.model_path)[0]}, or start a new run with --init_from {path}.")
         config = stored_config(resumed, path, dataclasses.asdict(config), FOR_RESUMING)
     images = load_images(config, device)
     if not images.classes:
@@ -1011,8 +1081,11 @@ def train(config):
                 "restore the pictures, or start a new run with --init_from.")
         load_weights(model, resumed["weights"], path)
         load_weights(ema, resumed["ema"], path)
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
+        try:
+            optimizer.load_state_dict(resumed["optimizer"])
+            scaler.load_state_dict(resumed["scaler"])
+        except Exception as e:  # they look into it without care
+            raise UserError(f"{path} has no state of this optimiser ({shown(e)}): use another.") from None
         clock.step, clock.before = resumed["step"], resumed["seconds"]
         origin = f"resuming  {path} at step {clock.step}"
     costs = measure(model, device, precision)
@@ -1037,11 +1110,17 @@ def train(config):
     preview = make_previews(config, images, diffusion, device, precision, rank, world)
     log = RunLog(config, images, clock, device) if rank == 0 else None  # one process tells and writes
 
+    def last_good():
+        return (step_files(config.model_path)[1] or ["none yet"])[-1]
+
     def save():
         state = dict(
             format=FORMAT, config=dataclasses.asdict(config), classes=model.classes, channels=model.channels,
             data=images.fingerprint, held_out=images.held_out.tolist(), step=clock.step,
-            seconds=clock.seconds(), weights=model.state_dict(), ema=ema.state_dict())
+            seconds=clock.seconds(), weights=dict(model.state_dict()), ema=dict(ema.state_dict()))
+        require(all_finite(state["weights"], state["ema"]),
+                f"Non-finite weights at step {clock.step}, not saved (lr {lr:.2g}, {precision}). Last good "
+                f"checkpoint: {last_good()}. Try --precision fp32 or a lower --lr.")
         whole = state | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         step_path = step_files(config.model_path)[0] / f"step_{clock.step:08d}.pt"
         log.wrote(atomic_write(step_path, lambda f: torch.save(whole, f)),  # all that is needed to go on
@@ -1058,7 +1137,7 @@ def train(config):
     begun = drawn = clock.step
     lr, grad_norm, clock.started = 0.0, None, time.monotonic()
 
-    with stop_requests() as asked:
+    with stop_requests() as asked, log.bar if log else contextlib.nullcontext():  # errors begin a new line
         while True:
             # ---- rare things: stop, print, save, draw
             stopping, share = asked[0] if asked else 0, clock.share()
@@ -1070,10 +1149,9 @@ def train(config):
             done = share >= 1
             leave, save_now = done or stopping, clock.step % config.save_every == 0 or done or stopping
             if clock.step % config.log_every == 0 or save_now:
-                good = step_files(config.model_path)[1] or ["none yet"]
                 require(bad_step.item() < 0,
                         f"Non-finite loss at step {bad_step.item()} (lr {lr:.2g}, {precision}). Last good "
-                        f"checkpoint: {good[-1]}. Try --precision fp32 or a lower --lr.")
+                        f"checkpoint: {last_good()}. Try --precision fp32 or a lower --lr.")
                 if world > 1:
                     dist.all_reduce(sums)
                 if log and sums[1].sum() > 0:
@@ -1158,13 +1236,13 @@ def banner(config, images, model, clock, cost, machine, origin):
     """Say what the run will do, and what to expect of it, before it begins."""
     c, n, abar = config, len(images.train), make_diffusion(config).abar[-2].item()
     counts = [(images.labels[images.train] == k).sum().item() for k in range(len(images.class_names))]
-    classes = [f"{name} {k}" for name, k in zip(images.class_names, counts)]
+    classes = [f"{shown(name)} {k}" for name, k in zip(images.class_names, counts)]
     classes = classes[:12] + ([f"{len(classes) - 12} more"] if len(classes) > 12 else [])
     classes = (", ".join(classes) or "none") + ("; not learned" if classes and not model.classes else "")
     seen, length = (clock.steps or 0) * c.batch_size, f"{c.minutes or 0:g} minutes"
     length = f"{clock.steps} steps, {seen:,} pictures, {seen / n:.4g} passes" if clock.steps else length
-    print(f"data      {c.data_path}: {images.found} found, {n} to train on, {len(images.held_out)} held out, "
-          f"{images.bad} unreadable; {c.image_size}x{c.image_size}, {images.channels} channels\n"
+    print(f"data      {shown(c.data_path)}: {images.found} found, {n} to train on, {len(images.held_out)} "
+          f"held out, {images.bad} unreadable; {c.image_size}x{c.image_size}, {images.channels} channels\n"
           f"classes   {classes}\n"
           f"network   {c.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, {cost}\n"
           f"device    {machine}\n"
@@ -1189,11 +1267,17 @@ class RunLog:
         self.classes, self.files, self.rows, self.folder = images.classes, {}, [], Path(config.samples_dir)
         self.track = make_tracker(config)
         self.metrics, self.last = self.folder / "metrics.jsonl", (clock.step, time.monotonic())
-        earlier = self.metrics.read_text().splitlines()[1:] if clock.step and self.metrics.exists() else []
-        with contextlib.suppress(ValueError):  # a last line that a crash cut short
+        there = clock.step and self.metrics.exists()
+        earlier = self.metrics.read_text(errors="replace").splitlines()[1:] if there else []
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short
             self.rows.extend(row for row in map(json.loads, earlier) if row["step"] <= clock.step)
-        if not clock.step:
-            set_aside(config.model_path)
+        folder, steps = step_files(config.model_path)
+        later = [f for f in steps if f.stem > f"step_{clock.step:08d}"]  # unreadable, or of another branch
+        set_aside(*(later if clock.step else [Path(config.model_path), folder]))
+        name = glob.escape(Path(config.model_path).name)
+        for half in [*folder.glob(".step_*.tmp"), *folder.parent.glob(f".{name}.*.tmp")]:
+            half.unlink()  # a crash left it
+        os.remove(atomic_write(folder / "probe", lambda f: None))  # if it cannot be written to, say so now
         head = dict(config=dataclasses.asdict(config), data=images.fingerprint, torch=torch.__version__,
                     torchvision=torchvision.__version__, python=platform.python_version())
         text = "".join(json.dumps(row) + "\n" for row in [head, *self.rows])
@@ -1408,13 +1492,16 @@ def sample(config):
     device = choose_device(c.device)
     precision = choose_precision(c.precision, device)
     model, diffusion, _ = load_model(path, device, c.ema)
+    for place in filter(None, (c.samples_dir, c.individual)):  # if that cannot be, say so before drawing
+        Path(place).mkdir(parents=True, exist_ok=True)
     labels = sample_labels(c, model.classes, c.num_samples)
     labels = labels if c.interpolate is None else labels[:1] * len(labels)
     edit = dict(picture=load_picture(c.init_image, c.image_size, model.channels)) if c.init_image else {}
     if c.mask:
         edit["mask"] = (load_picture(c.mask, c.image_size, 1) > 0).float()
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    print(f"model     {path} ({digest}), {'averaged (EMA)' if c.ema else 'plain'} weights of {c.data_path}\n"
+    of = f"{'averaged (EMA)' if c.ema else 'plain'} weights of {shown(c.data_path)}"
+    print(f"model     {path} ({digest}), {of}\n"
           f"drawing   {c.num_samples} pictures, {c.sampler}, {c.sampling_steps} steps, seed {c.seed}, "
           f"guidance {c.guidance:g}, on {describe(device)} in {precision}")
     way = []  # (t, x) of the first few pictures
@@ -1429,7 +1516,7 @@ def sample(config):
     folder, columns = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
     text = dict(seed=c.seed, sampler=c.sampler, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance,
                 classes=c.classes or "all", model=digest, version=torch.__version__)
-    edited = {name: given[name] for name in ("init_image", "strength", "mask", "interpolate") if given[name]}
+    edited = {name: given[name] for name in EDITING if given[name] is not None}
     text |= {name: Path(str(value)).name for name, value in edited.items()}
     files = [plot_chain(way, folder / "denoising_steps.png", c, text)]
     if c.interpolate is None:
@@ -1601,6 +1688,10 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}; {hint}", file=sys.stderr)
         raise SystemExit(2)
 
+def integers(text):
+    """The type of flags that take a list: numbers between blanks or commas."""
+    return tuple(int(part) for part in text.split(","))
+
 def parse(parser, groups, argv):
     """What a command line gives, {name: value}. groups: {heading: names of fields of Config}, each a flag."""
     for group, names in groups.items():
@@ -1612,39 +1703,42 @@ def parse(parser, groups, argv):
                 for word, value, help in ((name, True, said), (f"no_{name}", False, argparse.SUPPRESS)):
                     section.add_argument(f"--{word}", dest=name, action="store_const", const=value, help=help)
                 continue
-            kind = (*typing.get_args(f.type), f.type)[0]  # int of int | None and of tuple[int, ...]
+            kind, default = (*typing.get_args(f.type), f.type)[0], f.default  # int of int | None
             more = dict(type=kind, choices=list(PRESETS) if name == "preset" else f.metadata["choices"])
             if not more["choices"]:
                 more["metavar"] = {int: "N", float: "X", str: "PATH" if "folder" in said else "NAME"}[kind]
             if name == "resume":
                 more |= dict(nargs="?", const="latest")
-            default = f.default
             if isinstance(default, tuple):
-                more["nargs"], default = "+", " ".join(map(str, default))
+                more, default = more | dict(nargs="+", type=integers), " ".join(map(str, default))
             said += "" if default in (None, "") else f" (default: {default})"
             section.add_argument(f"--{name}", help=said, **more)
-    # Flags may be written with - for _, and lists with commas.
+    # Flags may be written with - for _.
     argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
-    argv = [part for a in argv for part in (a.split(",") if re.fullmatch(r"\d+(,\d+)+", a) else [a])]
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return {name: sum(v, ()) if isinstance(v, list) else v for name, v in given.items()}
 
 def run(work):
     """Do a command's work and return its exit code. What the user can mend is told in a sentence."""
+    with contextlib.suppress(AttributeError):  # a terminal may lack letters that names of files have
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
         return 0
     except UserError as e:
         message = e
-    except torch.OutOfMemoryError:
-        message = "Out of GPU memory. Try a larger --grad_accum, or less --image_size, --sample_batch_size."
+    except (MemoryError, RuntimeError) as e:
+        if "memory" not in f"{type(e).__name__} {e}".lower():
+            raise
+        message = (f"Out of {'GPU ' if isinstance(e, torch.OutOfMemoryError) else ''}memory. Try a larger "
+                   "--grad_accum, or less --image_size, --channels, --sample_batch_size.")
     except OSError as e:
         message = (f"{e.strerror or e} ({e.filename or 'while writing a file'}). What was saved is safe. "
                    "Make room or permit it, or choose another --model_path, --samples_dir or --download_dir.")
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {shown(message)}", file=sys.stderr)
     return 1
 
 def main(argv=None):
@@ -1667,4 +1761,5 @@ def main(argv=None):
     return run(work)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up on the way out, as after Ctrl-C
     raise SystemExit(main())

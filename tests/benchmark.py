@@ -4,8 +4,8 @@
     python tests/benchmark.py samplers --model_path MODEL   # quality against the number of evaluations
     python tests/benchmark.py throughput                    # training steps, side by side with other projects
 
-Rates are ratios of programs that take turns in one run, medians over the turns. Quality is the Frechet distance of
-the features of a small classifier of Fashion-MNIST, an eye of our own: comparable within one table, with no other.
+Rates are of programs that take turns in one run, medians over the turns. Quality is the Frechet distance
+of the features of a small classifier of Fashion-MNIST: comparable within one table, with no other.
 """
 
 import argparse
@@ -35,8 +35,18 @@ class Eye(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, 1, 1), nn.ReLU(),
-            nn.MaxPool2d(2), nn.Conv2d(64, 64, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 49, 64), nn.ReLU())
+            nn.Conv2d(1, 32, 3, 1, 1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, 1, 1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, 1, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 49, 64),
+            nn.ReLU(),
+        )
         self.head = nn.Linear(64, 10)
 
     def forward(self, x):
@@ -108,10 +118,15 @@ def samplers(args):
             pixels = ddpm.draw(model, diffusion, c, range(n), labels, precision, lambda *_: None)
             x = ddpm.to_network(ddpm.crop(pixels, c))
             table[sampler, steps] = frechet(moments(eye, x), target)
-            print(f"{sampler:6} {steps:5} steps {table[sampler, steps]:9.2f}   {time.monotonic() - began:6.0f} s", flush=True)
+            print(
+                f"{sampler:6} {steps:5} steps {table[sampler, steps]:9.2f} {time.monotonic() - began:6.0f} s",
+                flush=True,
+            )
     half = len(real) // 2
-    print(f"\n{n} pictures of {args.model_path}, guidance {config.guidance:g}, against {name}; one half of these "
-          f"against the other: {frechet(moments(eye, real[::2][:half]), moments(eye, real[1::2][:half])):.2f}\n")
+    print(
+        f"\n{n} pictures of {args.model_path}, guidance {config.guidance:g}, against {name}; half of them "
+        f"against the rest: {frechet(moments(eye, real[::2][:half]), moments(eye, real[1::2][:half])):.2f}\n"
+    )
     print("| sampler | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
     for sampler in ddpm.SAMPLERS:
         cells = [f"{table[sampler, k]:.1f}" if (sampler, k) in table else "" for k in counts]
@@ -121,7 +136,12 @@ def samplers(args):
     for sampler, colour in zip(ddpm.SAMPLERS, ddpm.COLOURS):
         x = [k for k in counts if (sampler, k) in table]
         a.plot(x, [table[sampler, k] for k in x], "o-", color=colour, ms=4, lw=1.8, label=sampler)
-    a.set(xscale="log", yscale="log", xlabel="evaluations of the network", title="Frechet distance, lower is better")
+    a.set(
+        xscale="log",
+        yscale="log",
+        xlabel="evaluations of the network",
+        title="Frechet distance, lower is better",
+    )
     a.set_xticks(counts, counts)
     a.minorticks_off()
     low, high = a.get_ylim()
@@ -162,9 +182,13 @@ def theirs_diffusers():
     from diffusers.training_utils import EMAModel
 
     model = diffusers.UNet2DModel(
-        sample_size=32, block_out_channels=(64, 128, 128, 128), norm_num_groups=16, attention_head_dim=None,
+        sample_size=32,
+        block_out_channels=(64, 128, 128, 128),
+        norm_num_groups=16,
+        attention_head_dim=None,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
     scheduler = diffusers.DDPMScheduler()
     ema, optimizer = EMAModel(model.parameters(), 0.9999), torch.optim.AdamW(model.parameters(), 2e-4)
 
@@ -186,7 +210,10 @@ def theirs_lucidrains():
 
     model = Unet(dim=32, dim_mults=(1, 2, 4, 8), flash_attn=False)
     diffusion = GaussianDiffusion(model, image_size=32)
-    ema, optimizer = EMA(diffusion, beta=0.995, update_every=10), torch.optim.Adam(diffusion.parameters(), 2e-4)
+    ema, optimizer = (
+        EMA(diffusion, beta=0.995, update_every=10),
+        torch.optim.Adam(diffusion.parameters(), 2e-4),
+    )
 
     def step(x0):
         diffusion((x0 + 1) / 2).backward()
@@ -217,8 +244,11 @@ def throughput(args):
         ddpm.keep_memory()  # for all of them alike: it is a setting of the process
     config = ddpm.preset("cifar10", channels=64, dropout=0.0)
     x0, rows = torch.rand(32, 3, 32, 32) * 2 - 1, {}
-    makers = {"ddpm.py": lambda: ours(config), "diffusers": theirs_diffusers,
-              "denoising-diffusion-pytorch": theirs_lucidrains}
+    makers = {
+        "ddpm.py": lambda: ours(config),
+        "diffusers": theirs_diffusers,
+        "denoising-diffusion-pytorch": theirs_lucidrains,
+    }
     for name, make in makers.items():
         try:
             model, step = make()
@@ -228,23 +258,29 @@ def throughput(args):
         step(x0)
         with FlopCounterMode(display=False) as counter:
             step(x0)
-        rows[name] = dict(step=step, flops=counter.get_total_flops(), times=[],
-                          parameters=sum(p.numel() for p in model.parameters()))
+        rows[name] = dict(
+            step=step,
+            flops=counter.get_total_flops(),
+            times=[],
+            parameters=sum(p.numel() for p in model.parameters()),
+        )
     for _ in range(args.turns):
         for row in rows.values():
             began = time.perf_counter()
             for _ in range(args.repeats):
                 row["step"](x0)
             row["times"].append((time.perf_counter() - began) / args.repeats)
-    rate = matrix_rate()
-    print(f"\nbf16 matrix product {rate:.0f} GFLOP/s, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-          f"medians of {args.turns} turns of {args.repeats} steps of {len(x0)} pictures"
-          f"{', memory kept for all' if args.memory else ''}\n")
+    rate, threads = matrix_rate(), torch.get_num_threads()
+    print(
+        f"\nbf16 matrix product {rate:.0f} GFLOP/s, {threads} threads, torch {torch.__version__}; "
+        f"medians of {args.turns} turns of {args.repeats} steps of {len(x0)} pictures"
+        f"{', memory kept for all' if args.memory else ''}\n"
+    )
     print("| | parameters | pictures/s | GFLOP/s | of the matrix rate |\n|---|---|---|---|---|")
     for name, row in rows.items():
         seconds = statistics.median(row["times"])
-        print(f"| {name} | {row['parameters']:,} | {len(x0) / seconds:.1f} | {row['flops'] / seconds / 1e9:.0f} | "
-              f"{row['flops'] / seconds / 1e9 / rate:.0%} |")
+        pictures, gflops = len(x0) / seconds, row["flops"] / seconds / 1e9
+        print(f"| {name} | {row['parameters']:,} | {pictures:.1f} | {gflops:.0f} | {gflops / rate:.0%} |")
     print(json.dumps({name: [round(t, 4) for t in row["times"]] for name, row in rows.items()}))
 
 
@@ -252,7 +288,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("features", "samplers", "throughput"))
     parser.add_argument("--download_dir", default="data")
-    parser.add_argument("--features", default="data/fashion_features.pt", help="where the feature network is kept")
+    parser.add_argument(
+        "--features", default="data/fashion_features.pt", help="where the feature network is kept"
+    )
     parser.add_argument("--model_path", default="saved_models/animals.pt")
     parser.add_argument("--num_samples", type=int, default=300)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100])

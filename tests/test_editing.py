@@ -15,7 +15,9 @@ def draw(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(**settings):
-        common = dict(num_samples=4, sampling_steps=10, guidance=1.0, precision="fp32", device="cpu", **settings)
+        common = dict(
+            num_samples=4, sampling_steps=10, guidance=1.0, precision="fp32", device="cpu", **settings
+        )
         return ddpm.sample(ddpm.override(ddpm.Config(), model_path=str(trained), **common))
 
     return run
@@ -45,7 +47,10 @@ def distance(a, b):
 
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_little_strength_stays_close_and_full_strength_forgets(draw, picture, sampler):
-    far = [distance(draw(init_image=picture, strength=s, sampler=sampler), original(picture)) for s in (0.02, 0.5, 1)]
+    far = [
+        distance(draw(init_image=picture, strength=s, sampler=sampler), original(picture))
+        for s in (0.02, 0.5, 1)
+    ]
     assert far[0] < far[1] < far[2]
     assert far[0] < 12  # of 255 grey levels
 
@@ -124,19 +129,22 @@ def test_what_is_written(draw, tmp_path, picture):
         assert grid.text["ddpm:init_image"] == "0.png"
 
 
-@pytest.mark.parametrize("flags, named, remedy", [
-    ("--mask m.png", "--mask", "need --init_image"),
-    ("--strength 0.5", "--strength", "need --init_image"),
-    ("--init_image none.png", "none.png", "Give a picture file"),
-    ("--init_image text.png", "text.png", "Give a picture file"),
-    ("--init_image {picture} --mask none.png", "none.png", "Give a picture file"),
-    ("--init_image {picture} --strength 0", "--strength", "give 0.001 to 1"),
-    ("--init_image {picture} --strength 1.5", "--strength", "give 0.001 to 1"),
-    ("--init_image {picture} --strength nan", "--strength", "give 0.001 to 1"),
-    ("--init_image {picture} --interpolate 3", "--interpolate", "give one"),
-    ("--interpolate 0", "--interpolate 0", "two different"),
-    ("--interpolate -1", "--interpolate -1", "give 0 to"),
-])
+@pytest.mark.parametrize(
+    "flags, named, remedy",
+    [
+        ("--mask m.png", "--mask", "need --init_image"),
+        ("--strength 0.5", "--strength", "need --init_image"),
+        ("--init_image none.png", "none.png", "Give a picture file"),
+        ("--init_image text.png", "text.png", "Give a picture file"),
+        ("--init_image {picture} --mask none.png", "none.png", "Give a picture file"),
+        ("--init_image {picture} --strength 0", "--strength", "give 0.001 to 1"),
+        ("--init_image {picture} --strength 1.5", "--strength", "give 0.001 to 1"),
+        ("--init_image {picture} --strength nan", "--strength", "give 0.001 to 1"),
+        ("--init_image {picture} --interpolate 3", "--interpolate", "give one"),
+        ("--interpolate 0", "--interpolate 0", "two different"),
+        ("--interpolate -1", "--interpolate -1", "give 0 to"),
+    ],
+)
 def test_refused_in_a_sentence(main, trained, picture, tmp_path, capsys, flags, named, remedy):
     (tmp_path / "text.png").write_text("not a picture")
     assert main("--mode sample --num_samples 2 --model_path", trained, flags.format(picture=picture)) == 1
@@ -155,9 +163,19 @@ def test_grey_pictures_of_28_pixels(pictures, tmp_path, monkeypatch):
     size = "--image_size 28 --attention_at 16 --steps 2 --label_dropout 0"
     assert ddpm.main(words("--mode train", TINY, size, *places(tmp_path, grey))) == 0
     Image.fromarray(np.repeat(np.uint8([[0, 255]]), 14, 1).repeat(28, 0)).save("mask.png")
-    config = ddpm.override(ddpm.Config(), model_path=str(tmp_path / "model.pt"), num_samples=2, sampling_steps=3,
-                           guidance=1.0, init_image=str(grey / "0.png"), mask="mask.png", precision="fp32")
+    config = ddpm.override(
+        ddpm.Config(),
+        model_path=str(tmp_path / "model.pt"),
+        num_samples=2,
+        sampling_steps=3,
+        guidance=1.0,
+        init_image=str(grey / "0.png"),
+        mask="mask.png",
+        precision="fp32",
+    )
     pixels = ddpm.sample(config)
     assert pixels.shape == (2, 1, 28, 28)
-    known = ddpm.crop(ddpm.to_pixels(ddpm.load_picture(str(grey / "0.png"), 28, 1)), config=ddpm.Config(image_size=28))
+    known = ddpm.crop(
+        ddpm.to_pixels(ddpm.load_picture(str(grey / "0.png"), 28, 1)), config=ddpm.Config(image_size=28)
+    )
     assert torch.equal(pixels[..., :14], known[..., :14].expand(2, -1, -1, -1))

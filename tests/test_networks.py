@@ -251,7 +251,9 @@ def test_four_pictures_are_learned_by_heart(make, steps):
     assert loss < 0.05
 
 
-SCHEDULES, PREDICTIONS, LOSSES = (ddpm.FIELDS[name].metadata["choices"] for name in ("schedule", "predict", "loss"))
+SCHEDULES, PREDICTIONS, LOSSES = (
+    ddpm.FIELDS[name].metadata["choices"] for name in ("schedule", "predict", "loss")
+)
 
 
 @pytest.mark.parametrize("make", [unet, linear_unet, simple, ddpm.ResNetUNet], ids=lambda make: make.__name__)

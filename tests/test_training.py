@@ -475,9 +475,12 @@ def test_stages_are_recomputed_where_memory_is_short(train, tmp_path, capsys, mo
 def test_the_banner_says_what_the_run_costs(train, capsys):
     assert train("--dry_run") == 0
     said = capsys.readouterr().out
-    for pattern in (r"[\d,]+ parameters, [\d.e-]+ G multiply-adds and [\d.]+ MB a picture",
-                    r"memory    about [\d.e-]+ GB a step, [\d.]+ GB free", r"device    cpu \(.+ threads\), fp32",
-                    r"peak memory \d+ MB"):
+    for pattern in (
+        r"[\d,]+ parameters, [\d.e-]+ G multiply-adds and [\d.]+ MB a picture",
+        r"device    cpu \(.+ threads\), fp32",
+        r"memory    about [\d.e-]+ GB a step, [\d.]+ GB free",
+        r"peak memory \d+ MB",
+    ):
         assert re.search(pattern, said), pattern
 
 
@@ -487,8 +490,9 @@ def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path):
     assert train("--steps 9 --sample_every 6 --holdout 0.2 --logger tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "run" / "samples" / "tensorboard")).Reload()
     tags, (_, rows) = events.Tags(), metrics(tmp_path / "run" / "samples")
-    assert {*tags["scalars"]} == {"loss", "lr", "grad_norm", "pictures_per_s", "memory_mb", "epoch", "held_out_loss",
-                                  *(f"loss/quarter_{q}" for q in (1, 2, 3, 4))}
+    quarters = {f"loss/quarter_{q}" for q in (1, 2, 3, 4)}
+    others = {"loss", "lr", "grad_norm", "pictures_per_s", "memory_mb", "epoch", "held_out_loss"}
+    assert {*tags["scalars"]} == quarters | others
     assert [e.step for e in events.Scalars("loss")] == [row["step"] for row in rows]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
     assert {*tags["images"]} == {"compared", "generated"}
@@ -657,36 +661,6 @@ def test_sigterm_to_the_real_program_then_resume(program, pictures, tmp_path):
 
 def last_step_of(folder):
     return checkpoint(sorted(Path(folder, "saved_models", "denoise_model_steps").iterdir())[-1])["step"]
-
-
-@pytest.mark.slow
-def test_a_loadable_checkpoint_survives_kill_nine_at_any_moment(program, pictures, tmp_path):
-    flags = words(TINY, "--steps 100000 --save_every 1 --data_path", pictures)
-    rng = np.random.default_rng(0)
-    for trial in range(12):
-        command = [
-            sys.executable,
-            str(ROOT / "ddpm.py"),
-            "--mode",
-            "train",
-            *(["--resume"] if trial else flags),
-        ]
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        before, begun = last_saved(tmp_path), time.monotonic()
-        while last_saved(tmp_path) <= before and time.monotonic() - begun < 60:
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.3))
-        process.kill()
-        process.wait()
-        assert last_step_of(tmp_path) > before
-        ddpm.load_model(tmp_path / "saved_models" / "denoise_model.pt")
-
-
-def last_saved(folder):
-    files = sorted(Path(folder, "saved_models", "denoise_model_steps").glob("step_*.pt"))
-    return int(files[-1].stem[5:]) if files else 0
 
 
 class Unpicklable:
