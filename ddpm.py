@@ -876,7 +876,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors and plain "
                         f"values ({type(e).__name__}). Use another checkpoint.") from None
     kinds = dict(format=int, config=dict, weights=dict, classes=list, channels=int)
-    good = isinstance(checkpoint, dict) and all(type(checkpoint.get(k)) is kind for k, kind in kinds.items())
+    good = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), v) for k, v in kinds.items())
     require(good, f"{path} is not a checkpoint of ddpm.py: format number, configuration or weights are "
             "missing. Give one that --mode train wrote.")
     require(checkpoint["format"] == FORMAT, f"{path} has format {checkpoint['format']}, and this ddpm.py "
@@ -1059,7 +1059,7 @@ def train(config):
     path, resumed = find_resume(config) if config.resume else (None, None)
     if resumed:
         kinds = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
-        require(all(type(resumed.get(k)) is kind for k, kind in kinds.items()),
+        require(all(isinstance(resumed.get(k), kind) for k, kind in kinds.items()),
                 f"{path} is a model to sample from, not all that a run needs to go on: give --resume one of "
                 f"{step_files(config.model_path)[0]}, or start a new run with --init_from {path}.")
         config = stored_config(resumed, path, dataclasses.asdict(config), FOR_RESUMING)
@@ -1492,13 +1492,13 @@ def sample(config):
     device = choose_device(c.device)
     precision = choose_precision(c.precision, device)
     model, diffusion, _ = load_model(path, device, c.ema)
-    for place in filter(None, (c.samples_dir, c.individual)):  # if that cannot be, say so before drawing
-        Path(place).mkdir(parents=True, exist_ok=True)
     labels = sample_labels(c, model.classes, c.num_samples)
     labels = labels if c.interpolate is None else labels[:1] * len(labels)
     edit = dict(picture=load_picture(c.init_image, c.image_size, model.channels)) if c.init_image else {}
     if c.mask:
         edit["mask"] = (load_picture(c.mask, c.image_size, 1) > 0).float()
+    for place in filter(None, (c.samples_dir, c.individual)):  # if that cannot be, say so before drawing
+        Path(place).mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     of = f"{'averaged (EMA)' if c.ema else 'plain'} weights of {shown(c.data_path)}"
     print(f"model     {path} ({digest}), {of}\n"

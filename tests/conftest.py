@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure():
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: tests send it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # for networks this small a second thread costs more than it gives
 
 

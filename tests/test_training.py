@@ -377,7 +377,7 @@ def test_the_files_that_a_run_writes(train, tmp_path, capsys):
     files = {p.name for p in (run / "samples").iterdir()}
     drawn = files - expected
     assert expected <= files
-    for kind in ("clean", "noisy", "pred", "generated"):
+    for kind in ("clean", "noisy", "pred", "compared", "generated"):
         of_a_kind = [name for name in drawn if name.startswith(f"{kind}_epoch") and name.endswith(".png")]
         assert len(of_a_kind) == 2, drawn
         drawn -= set(of_a_kind)
