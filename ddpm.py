@@ -1042,7 +1042,6 @@ def train(config):
     there, data = Path(config.samples_dir).resolve(), Path(config.data_path).resolve()
     require(not there.is_relative_to(data), f"--samples_dir {there} is inside --data_path {data}, and what "
             "is written there would be learned too: choose another folder.")
-    keep_memory()
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -1064,6 +1063,7 @@ def train(config):
                 f"{step_files(config.model_path)[0]}, or start a new run with --init_from {path}.")
         config = stored_config(resumed, path, dataclasses.asdict(config), FOR_RESUMING)
     images = load_images(config, device)
+    keep_memory()  # not before: large pictures being decoded take much that is not needed again
     if not images.classes:
         config = override(config, guidance=1.0)  # there is nothing to guide by
     torch.manual_seed(config.seed)

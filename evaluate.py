@@ -346,7 +346,6 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     compare = features or "num_samples" in given
     require(c.num_samples > 1 or not compare, "--num_samples 1: FID and KID need two pictures or more.")
     require(min(bpd_timesteps, bpd_pictures) > 0, "--bpd_timesteps and --bpd_pictures: give 1 or more.")
-    ddpm.keep_memory()
     device, first = ddpm.choose_device(c.device), os.environ.get("RANK", "0") == "0"
     precision = ddpm.choose_precision(c.precision, device)
     model, diffusion, stored = ddpm.load_model(path, device, c.ema)
@@ -357,6 +356,7 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         network, missing = choose_features(features, images, c, device) if compare else (None, None)
         if missing:
             say("note", missing)
+    ddpm.keep_memory()
     samples = draw_all(model, diffusion, c, precision)
     if not first:
         return None

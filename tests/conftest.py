@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_configure():
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: tests send it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    ddpm.keep_memory = lambda: None  # it is for a process of its own; this one would grow to gigabytes
     torch.set_num_threads(1)  # for networks this small a second thread costs more than it gives
 
 
