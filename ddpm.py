@@ -1389,7 +1389,7 @@ def measure(model, device, precision):
         x, kept = torch.zeros(n, model.channels, model.image_size, model.image_size, device=device), {}
         def keep(tensor, kept=kept):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+            return tensor.detach()  # itself, it could never be freed: a node may keep its own output
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with FlopCounterMode(display=False) as counter, hooks, autocast(device, precision):
@@ -1726,7 +1726,7 @@ def run(work):
         work()
         return 0
     except UserError as e:
-        message = e
+        message = str(e)  # not e: with it, all that its frames hold would live on
     except (MemoryError, RuntimeError) as e:
         if "memory" not in f"{type(e).__name__} {e}".lower():
             raise

@@ -1,5 +1,8 @@
 """The networks: UNet against diffusers' UNet2DModel with the same weights; shapes, labels, learning."""
 
+import gc
+import weakref
+
 import diffusers
 import pytest
 import torch
@@ -64,6 +67,26 @@ def test_bytes_kept_are_those_of_a_layer():
     model = ddpm.build_model(ddpm.preset("animals_cnn"), 3, [])
     model.forward = lambda x, t: F.silu(model.conv_in(x))
     assert ddpm.measure(model, torch.device("cpu"), "fp32")[1] == (3 + 32) * 64 * 64 * 4
+
+
+def test_measuring_leaves_nothing_behind():
+    """A node that keeps its own output, as a sigmoid does, must not be kept by it."""
+    model, graphs = ddpm.build_model(ddpm.preset("animals_cnn"), 3, []), []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            graphs.append(weakref.ref(ctx))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    model.forward = lambda x, t: Probe.apply(model.conv_in(x)).sigmoid()
+    ddpm.measure(model, torch.device("cpu"), "fp32")
+    gc.collect()
+    assert len(graphs) == 2 and not any(graph() for graph in graphs)
 
 
 def test_recomputing_changes_no_gradient():
