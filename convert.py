@@ -277,7 +277,7 @@ def from_diffusers(folder, model_path):
         raise UserError(f"{folder} cannot be converted: a file of its settings is damaged, or lacks one "
                         f"({type(e).__name__}: {e}). Get it anew.") from None
     count, c = sum(v.numel() for v in weights.values()), config
-    ddpm.set_aside(model_path)
+    ddpm.set_aside(Path(model_path), ddpm.step_files(model_path)[0])
     state = dict(format=ddpm.FORMAT, config=dataclasses.asdict(config), classes=[], channels=model.channels,
                  data=None, held_out=[], step=0, seconds=0.0, weights=weights, ema=weights)
     print(f"network   unet, {count:,} parameters, {c.image_size}x{c.image_size}, {model.channels} channels\n"

@@ -141,7 +141,8 @@ def test_diffusers_finds_the_pipeline_by_itself_and_misses_or_ignores_no_option(
     diffusers.utils.logging.enable_propagation()
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "d")
     diffusers.utils.logging.disable_propagation()
-    assert not caplog.records
+    said = [record.getMessage() for record in caplog.records]
+    assert not [text for text in said if "accelerate" not in text]  # it would like that to be installed
     assert isinstance(pipeline, diffusers.DDPMPipeline)
     for part, name in ((pipeline.unet, UNET), (pipeline.scheduler, SCHEDULER)):
         written = json.loads((tmp_path / "d" / name).read_text())
