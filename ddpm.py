@@ -1272,11 +1272,11 @@ class RunLog:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short
             self.rows.extend(row for row in map(json.loads, earlier) if row["step"] <= clock.step)
         folder, steps = step_files(config.model_path)
-        later = [f for f in steps if f.stem > f"step_{clock.step:08d}"]  # unreadable, or of another branch
-        set_aside(*(later if clock.step else [Path(config.model_path), folder]))
         name = glob.escape(Path(config.model_path).name)
         for half in [*folder.glob(".step_*.tmp"), *folder.parent.glob(f".{name}.*.tmp")]:
             half.unlink()  # a crash left it
+        later = [f for f in steps if f.stem > f"step_{clock.step:08d}"]  # unreadable, or of another branch
+        set_aside(*(later if clock.step else [Path(config.model_path), folder]))
         os.remove(atomic_write(folder / "probe", lambda f: None))  # if it cannot be written to, say so now
         head = dict(config=dataclasses.asdict(config), data=images.fingerprint, torch=torch.__version__,
                     torchvision=torchvision.__version__, python=platform.python_version())
