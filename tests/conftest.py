@@ -28,6 +28,14 @@ def words(*flags):
     return [word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
 
 
+def exit_code(main, *flags):
+    """What a program's main returns for these flags, or exits with."""
+    try:
+        return main(words(*flags))
+    except SystemExit as e:
+        return e.code
+
+
 def places(folder, data):
     """The flags that name the pictures and send all output below a folder."""
     return [
@@ -93,13 +101,7 @@ def main(tmp_path, monkeypatch):
     Flags may share a string, as in main("--mode train --steps 2"); paths stand alone."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags):
-        try:
-            return ddpm.main(words(*flags))
-        except SystemExit as e:
-            return e.code
-
-    return run
+    return lambda *flags: exit_code(ddpm.main, *flags)
 
 
 @pytest.fixture

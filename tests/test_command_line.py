@@ -415,8 +415,6 @@ def test_pictures_of_28_pixels_come_back_with_28(main, tmp_path, quick_plots):
 
 
 def test_the_shipped_model_draws_until_there_is_another(main, tmp_path, capsys, quick_plots):
-    if not (ROOT / "saved_models" / "animals.pt").exists():
-        pytest.skip("saved_models/animals.pt is not there yet")
     assert main("--mode sample --num_samples 2 --sampling_steps 1") == 0
     assert (
         "animals.pt" in capsys.readouterr().out and (tmp_path / "samples" / "generated_sample.png").exists()

@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, places, randomise, tree, words
+from conftest import ROOT, TINY, exit_code, metrics, places, randomise, tree, words
 from PIL import Image
 
 import convert
@@ -69,13 +69,7 @@ def run(tmp_path, monkeypatch):
     """run(*flags) runs convert.py's command line inside this process, in tmp_path; its exit code."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags):
-        try:
-            return convert.main(words(*flags))
-        except SystemExit as e:
-            return e.code
-
-    return run
+    return lambda *flags: exit_code(convert.main, *flags)
 
 
 def refused(capsys, *told):
