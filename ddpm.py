@@ -1016,7 +1016,7 @@ def find_resume(config):
     raise UserError(f"Nothing to resume in {folder}: leave out --resume to start a run.")
 
 def set_aside(*paths):
-    """Rename what an earlier run wrote, so that a new one neither overwrites nor mixes with it, and say so."""
+    """Rename what an earlier run wrote, lest a new one overwrite it or mix with it, and say so."""
     for path in paths:
         names = (path.with_name(f"{path.name}.previous{n or ''}") for n in (0, *range(2, 10**6)))
         if path.exists():
