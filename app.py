@@ -339,7 +339,7 @@ def plot_losses(rows):
         steps, losses = zip(*line) if line else ((), ())
         smoothed = np.array([*zip(steps, ddpm.smooth(losses))])
         points += [dict(step=step, loss=loss, of=name) for step, loss in ddpm.spread(smoothed, 300).tolist()]
-    legend = dict(orient="bottom", columns=2, title=None)
+    legend = dict(orient="bottom", direction="vertical", title=None)
     spec = dict(mark="line", height=380, encoding=dict(
         x=dict(field="step", type="quantitative", axis=dict(tickCount=5)),
         y=dict(field="loss", type="quantitative", scale=dict(type="log", nice=False), axis=dict(tickCount=5)),

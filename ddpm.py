@@ -181,7 +181,7 @@ PRESETS = {
     "fashion_mnist_small": FASHION | PLAIN | dict(
         channels=16, channel_mults=(1, 2, 2), attention="none", epochs=5),
     "flowers_simple": dict(FLOWERS, arch="simple", timesteps=600, epochs=25),
-    "flowers_attention": dict(FLOWERS, channel_mults=(1, 2, 4, 8), attention="linear",
+    "flowers_attention": dict(FLOWERS, patch=2, channel_mults=(1, 2, 4, 8), attention="linear",
                               attention_at=(32, 16, 8), timesteps=300, epochs=100),
     "cifar10": dict(
         PLAIN, data_path="cifar10", image_size=32, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2,
