@@ -49,7 +49,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as compute_again
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -133,8 +133,8 @@ class Config:
     samples_dir: str = flag("samples", "folder for pictures, plots and metrics.jsonl")
     num_samples: int = flag(25, "pictures to draw", 1, 10**7, group="sampling")
     sample_batch_size: int = flag(64, "pictures drawn at a time", 1, 10**5)
-    sampler: str = flag("ddpm", "way back from noise", choices="ddpm ddim dpm++")
-    sampling_steps: int = flag(50, "network evaluations a picture, at most T", 1, 10**5)
+    sampler: str = flag("dpm++", "way back from noise", choices="ddpm ddim dpm++")
+    sampling_steps: int = flag(20, "network evaluations a picture, at most T", 1, 10**5)
     eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1)
     classes: str | None = flag(None, "draw only these, as in lion,tiger (default: all in turn)")
     guidance: float = flag(2.0, "strength of classifier-free guidance; 1 is off", 0, 100)
@@ -148,10 +148,10 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 GROUPS = {}  # name of a group -> its settings
-for _f in FIELDS.values():
+for _f in FIELDS.values():  # one that names no group is in that of the one before
     GROUPS.setdefault(_f.metadata["group"] or list(GROUPS)[-1], []).append(_f.name)
 LENGTHS = ("steps", "epochs", "minutes")
-# What belongs to one command and not to the model that it leaves.
+# What belongs to one command, and is never taken from a checkpoint.
 EDITING = ("init_image", "strength", "mask", "interpolate")
 FOR_ONCE = ("resume", "init_from", "individual", *EDITING)
 # What --mode sample may be told, and what a resumed run may change; the rest is fixed by the checkpoint.
@@ -159,9 +159,8 @@ FOR_SAMPLING = {*GROUPS["places"], *GROUPS["sampling"], "device", "precision", "
 FOR_RESUMING = {*GROUPS["places"], *GROUPS["sampling"], *GROUPS["running"], *LENGTHS,
                 "device", "compile", "grad_accum", "download_dir"}
 
-FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, patch=1, batch_size=128,
-               num_samples=50)
-PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False,
+FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, patch=1, batch_size=128, num_samples=50)
+PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False, guidance=1.0,
              optimizer="adam")
 LITERAL = dict(PLAIN, beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = dict(LITERAL, data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
@@ -187,7 +186,7 @@ PRESETS = {
         PLAIN, data_path="cifar10", image_size=32, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2,
         attention_at=(16,), dropout=0.1, lr=2e-4, lr_schedule="constant", warmup_steps=5000, hflip=True,
         ema_decay=0.9999, batch_size=128, steps=800_000, save_every=5000, sample_every=5000, log_every=100,
-        num_samples=64, sampling_steps=50),
+        num_samples=64),
 }
 
 def override(config, **given):
@@ -212,9 +211,11 @@ def check(config):
         value, low, high, choices = getattr(c, name), *(f.metadata[k] for k in ("low", "high", "choices"))
         if choices:
             require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}.")
-        kinds = {*typing.get_args(f.type), f.type} | ({int} if "float" in str(f.type) else set())
-        several = typing.get_origin(f.type) is tuple
-        values = [value] if not several else value if type(value) is tuple else [None]
+        kinds = {*typing.get_args(f.type), f.type}  # of float | None: float, None and the two
+        kinds |= {int} if float in kinds else set()
+        values = [value]
+        if typing.get_origin(f.type) is tuple:  # in the place of a tuple, anything else is as bad as None
+            values = value if type(value) is tuple else [None]
         # A checkpoint can hold no other types, and the name of a file no \0.
         good = all(type(v) in kinds and not (type(v) is str and "\0" in v) for v in values)
         require(good, f"--{name} {value!r}: give {f.type.__name__ if isinstance(f.type, type) else f.type}.")
@@ -227,6 +228,8 @@ def check(config):
     require(c.schedule != "cosine" or not (c.beta_start or c.beta_end),
             "--schedule cosine has no --beta_start and --beta_end: leave them out.")
     require(start <= end, f"--beta_start {start:g} is above --beta_end {end:g}: noise has to grow.")
+    require(make_diffusion(c).abar[-2] > 1e-60, f"--timesteps {T} of such betas leave nothing of a picture: "
+            "give fewer, or smaller --beta_start and --beta_end.")
     require(c.sampling_steps <= T, f"--sampling_steps {c.sampling_steps} is more than --timesteps {T}.")
     require(not (c.resume and c.init_from), "--resume goes on with a run, --init_from starts one: give one.")
     require(c.init_image or not (c.mask or c.strength), "--mask and --strength need --init_image FILE.")
@@ -236,8 +239,9 @@ def check(config):
     stride = {"unet": unet, "simple": 16, "resnet18": 32}[c.arch]
     fits = " or ".join(str(n * stride) for n in (side // stride, side // stride + 1) if n)
     require(side % stride == 0, f"--image_size {side} must be divisible by {stride}: use {fits}.")
+    even = c.channels % 2 == 0 or c.arch == "resnet18"
+    require(even, f"--channels {c.channels} must be even: half sines, half cosines.")
     if c.arch == "unet":
-        require(c.channels % 2 == 0, f"--channels {c.channels} must be even: half sines, half cosines.")
         sides, at = stage_sides(c), " ".join(map(str, c.attention_at))
         require(c.attention == "none" or {*c.attention_at} <= {*sides}, f"--attention_at {at}: the stages "
                 f"have sides {' '.join(map(str, sides))}; choose among them, or --attention none.")
@@ -314,7 +318,7 @@ class Diffusion:
         """Training loss a picture, (N,) float32 (Ho et al. 2020, eq. 14, for l2, eps and no min-SNR)."""
         a, s = self.scales(t)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.predict]
-        out = model(a * x0 + s * eps, t, y).float()
+        out = model(self.q_sample(x0, t, eps), t, y).float()
         return self.weight[t] * self.distance(out, target, reduction="none").mean(dim=(1, 2, 3))
 
     def posterior_std(self, t, u, large=False):
@@ -338,14 +342,14 @@ def make_diffusion(config, device="cpu"):
 # --------------------------------------------------------------------------------------------------- samplers
 # A sampler takes x at noise level ts[0] down the timesteps ts, which end at -1, and yields after each step
 # (t, x, x0): the level it left, x at the next one, the clean picture predicted at t. All it knows of a model
-# is denoise(x, t) -> x0; noise() gives fresh Gaussian noise of x's shape.
+# is denoise(x, t) -> x0; noise() gives fresh Gaussian noise of x's shape; eta is for ddim alone.
 
 def ddpm(diffusion, denoise, x, ts, noise, eta=1.0):
     """Ancestral sampling (Ho et al. 2020, algorithm 2): large variance on every step, small on fewer."""
-    large = len(ts) == ts[0] + 2  # none is left out
+    large = len(ts) == ts[0] + 2  # ts goes down one by one: none is left out
     for t, u in zip(ts, ts[1:]):
         x0 = denoise(x, t)
-        x = diffusion.step(x, x0, t, u, eta=1.0)
+        x = diffusion.step(x, x0, t, u, eta=1.0)  # the mean
         if u >= 0:  # the last step adds no noise
             x = x + diffusion.posterior_std(t, u, large) * noise()
         yield t, x, x0
@@ -499,7 +503,8 @@ class UNet(nn.Module):
         widths, pixel = [width * m for m in mults], image_channels * patch**2
         # One number of groups for the whole net: the most, up to 32, that leave every group four channels.
         groups = max(g for g in (1, 2, 4, 8, 16, 32) if all(w % g == 0 and w >= 4 * g for w in widths))
-        block, attention = (4 * width, groups, dropout), None if attention == "none" else attention
+        block = (4 * width, groups, dropout)  # what every residual block is told
+        attention = None if attention == "none" else attention
         kinds = [attention if i in attention_stages else None for i in range(len(mults))]
         self.patch, self.embed = patch, TimeLabelEmbedding(width, 4 * width, classes)
         self.recompute = False  # keep the inputs of stages only, and compute them again going back
@@ -509,7 +514,7 @@ class UNet(nn.Module):
         for i, w in enumerate(widths):
             if i:  # halve the sides, padded to the right and below as in the paper's code
                 pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(skips[-1], skips[-1], 3, stride=2)
-                self.down.append(nn.Sequential(OrderedDict(pad=pad, conv=conv)))
+                self.down.append(nn.Sequential(OrderedDict(pad=pad, conv=conv)))  # named in checkpoints
                 skips.append(skips[-1])
             for _ in range(res_blocks):
                 self.down.append(Stage(skips[-1], w, *block, kinds[i]))
@@ -530,7 +535,7 @@ class UNet(nn.Module):
     def forward(self, x, t, y=None):
         def apply(stage, *inputs):
             again = self.recompute and torch.is_grad_enabled()
-            return checkpoint(stage, *inputs, use_reentrant=False) if again else stage(*inputs)
+            return compute_again(stage, *inputs, use_reentrant=False) if again else stage(*inputs)
 
         emb, h = self.embed(t, y), self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
@@ -617,7 +622,8 @@ class ResNetUNet(nn.Module):
         return self.conv_out(torch.cat([self.last(self.decoder(maps, emb), emb), x], dim=1))
 
 def build_model(config, image_channels, classes):
-    """The network that a Config describes, for pictures of so many channels and classes of these names."""
+    """The network that a Config describes, for pictures of so many channels (its `channels`, where the
+    Config's are the width) and classes of these names (its `classes`)."""
     c = config
     if c.arch == "simple":
         model = SimpleUNet(image_channels, c.channels, len(classes))
@@ -747,7 +753,7 @@ def decode_all(source, chosen, size, cache):
     with contextlib.suppress(OSError, ValueError, EOFError):  # there is none, or a damaged one: decode anew
         bad = json.loads(reasons.read_text())
         return np.load(cache, mmap_mode="c"), {int(row): reason for row, reason in bad.items()}
-    def every(work, what):  # work(image) of each picture in turn, or the reason why it failed
+    def every(work, what):  # work(image) of each picture in turn; of one that fails the reason, a string
         def attempt(i):
             try:
                 with contextlib.closing(source.open(i)) as image:
@@ -757,14 +763,14 @@ def decode_all(source, chosen, size, cache):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             yield from tqdm(pool.map(attempt, chosen), what, len(chosen), leave=False, delay=2)
 
-    coloured = any([c is True for c in every(lambda image: image.mode[0] not in "1LIF", "looking")])
-    channels, side, bad = 3 if coloured else 1, 32 if size == 28 else size, {}
+    coloured = [*every(lambda image: image.mode[0] not in "1LIF", "looking")]
+    channels, side, bad = 3 if True in coloured else 1, 32 if size == 28 else size, {}
     shape, partial = (len(chosen), channels, side, side), cache.with_suffix(f".{os.getpid()}.tmp")
-    if large := math.prod(shape) > IN_MEMORY:
-        cache.parent.mkdir(parents=True, exist_ok=True)
+    large = math.prod(shape) > IN_MEMORY
     try:
-        pixels = np.zeros(0 if large else shape, np.uint8)
+        pixels = None if large else np.zeros(shape, np.uint8)
         if large:
+            cache.parent.mkdir(parents=True, exist_ok=True)
             pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
             if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process in mid-write
                 with open(partial, "r+b") as f:
@@ -780,7 +786,8 @@ def decode_all(source, chosen, size, cache):
             os.replace(partial, cache)
             pixels = np.load(cache, mmap_mode="c")
     finally:
-        partial.unlink(missing_ok=True)
+        if large:
+            partial.unlink(missing_ok=True)
     return pixels, bad
 
 class Images:
@@ -870,7 +877,8 @@ def read_checkpoint(path):
     require(Path(path).is_file(), f"No checkpoint {path}: give the path of a file that --mode train wrote.")
     try:
         with zipfile.ZipFile(path) as f:  # PyTorch does not compare the checksums that it writes
-            require(f.testzip() is None, "a wrong checksum")
+            if f.testzip():
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # bad bytes can raise anything
         raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors and plain "
@@ -882,9 +890,10 @@ def read_checkpoint(path):
     require(checkpoint["format"] == FORMAT, f"{path} has format {checkpoint['format']}, and this ddpm.py "
             f"reads format {FORMAT}: use the version that wrote it.")
     states = [checkpoint["weights"], checkpoint.get("ema", {})]
-    good = checkpoint["channels"] in (1, 3) and all(
-        isinstance(s, dict) and all(type(v) is torch.Tensor for v in s.values()) for s in states) and all(
-        type(name) is str for some in (*states, checkpoint["config"], checkpoint["classes"]) for name in some)
+    named = (*states, checkpoint["config"], checkpoint["classes"])
+    good = checkpoint["channels"] in (1, 3) and all(isinstance(state, dict) for state in states)
+    good = good and all(type(v) is torch.Tensor for state in states for v in state.values())
+    good = good and all(type(name) is str for some in named for name in some)
     require(good, f"{path} holds other things than ddpm.py writes: use another.")
     require(all_finite(*states), f"{path} has weights that are not finite: use another.")
     return checkpoint
@@ -896,7 +905,7 @@ def all_finite(*states):
 def stored_config(checkpoint, path, given=None, allowed=()):
     """The Config in a checkpoint with those `given` settings that may differ, UserError for any that may not.
     Settings that did not exist when it was written have their defaults."""
-    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()}
+    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()}  # of JSON
     unknown, given = ", ".join(stored.keys() - FIELDS.keys()), given or {}
     require(not unknown, f"{path} has settings that this ddpm.py does not know: {unknown}. Use a newer one.")
     config = Config(**stored | dict.fromkeys(FOR_ONCE))
@@ -937,6 +946,8 @@ def choose_device(name):
     index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
     require(not index or index < torch.cuda.device_count(), f"Process {index} has no GPU: there are "
             f"{torch.cuda.device_count()}. Give torchrun --nproc_per_node as many, or --device cpu.")
+    if name == "cuda":
+        torch.cuda.set_device(index)  # nccl moves objects through the current one
     return torch.device(name, index)
 
 def choose_precision(name, device):
@@ -1018,8 +1029,8 @@ def find_resume(config):
 def set_aside(*paths):
     """Rename what an earlier run wrote, lest a new one overwrite it or mix with it, and say so."""
     for path in paths:
-        names = (path.with_name(f"{path.name}.previous{n or ''}") for n in (0, *range(2, 10**6)))
         if path.exists():
+            names = (path.with_name(f"{path.name}.previous{n if n > 1 else ''}") for n in range(1, 10**6))
             kept = path.rename(next(name for name in names if not name.exists()))
             print(f"kept      the earlier {path.name}, as {kept.name}")
 
@@ -1088,23 +1099,25 @@ def train(config):
             raise UserError(f"{path} has no state of this optimiser ({shown(e)}): use another.") from None
         clock.step, clock.before = resumed["step"], resumed["seconds"]
         origin = f"resuming  {path} at step {clock.step}"
-    costs = measure(model, device, precision)
+    madds, kept = measure(model, device, precision)  # of one more picture
     # A step takes half as much again as it keeps for going back; a weight with its gradient, average and
     # optimiser's moments is five floats.
-    memory = 1.5 * costs[1] * config.batch_size / slices + 20 * sum(p.numel() for p in model.parameters())
-    model.recompute = config.arch == "unet" and memory > 0.7 * free_memory(device)
+    memory = 1.5 * kept * config.batch_size / slices + 20 * sum(p.numel() for p in model.parameters())
+    free = free_memory(device)
+    model.recompute = config.arch == "unet" and memory > 0.7 * free
     diffusion = make_diffusion(config, device)
     net = torch.compile(model) if config.compile else model
     if world > 1:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
     if rank == 0:
-        madds, kept = costs
         cost = f"{madds / 1e9:.3g} G multiply-adds and {kept / 1e6:.3g} MB a picture"
-        again = "; too much, so stages are computed again going back, for two thirds of it" * model.recompute
-        short = f"; try --grad_accum {2 * config.grad_accum}" * (memory > free_memory(device))
-        space = f"about {memory / 1e9:.2g} GB a step, {free_memory(device) / 1e9:.3g} GB free{again}{short}"
+        space = f"about {memory / 1e9:.2g} GB a step, {free / 1e9:.3g} GB free"
+        if model.recompute:
+            space += "; too much, so stages are computed again going back, for two thirds of it"
+        if memory > free:
+            space += f"; try --grad_accum {2 * config.grad_accum}"
         machine = f"{describe(device)}, {precision}, processes {world}, torch {torch.__version__}"
-        banner(config, images, model, clock, cost, f"{machine}\nmemory    {space}", origin)
+        banner(config, images, model, clock, cost, machine, space, origin)
     if config.dry_run:
         return dry_run(net, diffusion, images, config, device, precision, slices)
     preview = make_previews(config, images, diffusion, device, precision, rank, world)
@@ -1134,20 +1147,24 @@ def train(config):
     sums = torch.zeros(2, 4, device=device)
     streak, bad_step = torch.zeros((), dtype=torch.int64, device=device), torch.full((), -1, device=device)
     patience = 50 if scaler.is_enabled() else 1  # a scaler finds its scale by overflowing
-    begun = drawn = clock.step
-    lr, grad_norm, clock.started = 0.0, None, time.monotonic()
+    begun = drawn = clock.step  # where this process began, and last drew
+    lr, grad_norm = 0.0, None  # of the step before
+    clock.started = time.monotonic()  # --minutes counts from here
 
     with stop_requests() as asked, log.bar if log else contextlib.nullcontext():  # errors begin a new line
         while True:
             # ---- rare things: stop, print, save, draw
-            stopping, share = asked[0] if asked else 0, clock.share()
+            stopping = asked[0] if asked else 0  # the number of the signal
+            share = clock.share()
             if world > 1:  # every tenth step: any process can ask to stop, and the first one's clock counts
                 if clock.step % 10 == 0 or clock.step in (begun, clock.steps):
                     said = torch.tensor([stopping, share if rank == 0 else 0.0], device=device)
                     dist.all_reduce(said, dist.ReduceOp.MAX)
-                stopping, share = int(said[0].item()), share if clock.steps else said[1].item()
+                    said = said.tolist()
+                stopping, share = int(said[0]), share if clock.steps else said[1]
             done = share >= 1
-            leave, save_now = done or stopping, clock.step % config.save_every == 0 or done or stopping
+            leave = done or stopping
+            save_now = leave or clock.step % config.save_every == 0
             if clock.step % config.log_every == 0 or save_now:
                 require(bad_step.item() < 0,
                         f"Non-finite loss at step {bad_step.item()} (lr {lr:.2g}, {precision}). Last good "
@@ -1215,37 +1232,40 @@ def make_previews(config, images, diffusion, device, precision, rank, world):
         t = ((torch.arange(len(rows)) + 0.5) * config.timesteps / max(len(rows), 1)).long()
         return x0, t.to(device), torch.randn(x0.shape, generator=generator).to(device), y
 
-    (x0, t, eps, y), held_out = fixed(spread(images.train, 8)), fixed(images.held_out[:256])
-    xt, shares = diffusion.q_sample(x0, t, eps), [None] * world
+    x0, t, eps, y = fixed(spread(images.train, 8))
+    held_out = fixed(spread(images.held_out, 256))  # the same four of these
+    xt, shares = diffusion.q_sample(x0, t, eps), [None] * world  # shares: what each process drew
     @torch.no_grad()
     def preview(ema, asked):
         with autocast(device, precision):
             pred = diffusion.predict_x0(ema(xt, t, y).float(), xt, t)
             parts = zip(*(v.split(64) for v in held_out)) if len(images.held_out) else ()
-            held = [diffusion.loss(ema, *part) for part in parts]
+            losses = [diffusion.loss(ema, *part) for part in parts]
         mine = range(rank, len(labels), world)  # every process draws its share
         drawn = draw(ema, diffusion, config, mine, labels, precision, lambda *_: asked and world == 1)
         if world > 1:
             dist.all_gather_object(shares, drawn)
             drawn = torch.stack([shares[i % world][i // world] for i in range(len(labels))])
-        held = torch.cat(held).mean().item() if held else None
+        held = torch.cat(losses).mean().item() if losses else None
         return None if drawn is None else (t.tolist(), (x0, xt, pred), drawn, held)
     return preview
 
-def banner(config, images, model, clock, cost, machine, origin):
+def banner(config, images, model, clock, cost, machine, space, origin):
     """Say what the run will do, and what to expect of it, before it begins."""
     c, n, abar = config, len(images.train), make_diffusion(config).abar[-2].item()
     counts = [(images.labels[images.train] == k).sum().item() for k in range(len(images.class_names))]
     classes = [f"{shown(name)} {k}" for name, k in zip(images.class_names, counts)]
-    classes = classes[:12] + ([f"{len(classes) - 12} more"] if len(classes) > 12 else [])
-    classes = (", ".join(classes) or "none") + ("; not learned" if classes and not model.classes else "")
+    if len(classes) > 12:
+        classes[12:] = [f"{len(classes) - 12} more"]
+    told = (", ".join(classes) or "none") + ("; not learned" if classes and not model.classes else "")
     seen, length = (clock.steps or 0) * c.batch_size, f"{c.minutes or 0:g} minutes"
-    length = f"{clock.steps} steps, {seen:,} pictures, {seen / n:.4g} passes" if clock.steps else length
+    if seen:
+        length = f"{clock.steps} steps, {seen:,} pictures, {seen / n:.4g} passes"
     print(f"data      {shown(c.data_path)}: {images.found} found, {n} to train on, {len(images.held_out)} "
           f"held out, {images.bad} unreadable; {c.image_size}x{c.image_size}, {images.channels} channels\n"
-          f"classes   {classes}\n"
+          f"classes   {told}\n"
           f"network   {c.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, {cost}\n"
-          f"device    {machine}\n"
+          f"device    {machine}\nmemory    {space}\n"
           f"diffusion T {c.timesteps}, {c.schedule}, predicts {c.predict}, {c.loss} loss, abar_T {abar:.2g}\n"
           f"plan      {length} in batches of {c.batch_size}; a checkpoint every {c.save_every} steps, the "
           f"last {c.keep_last} kept in {step_files(c.model_path)[0].resolve()}")
@@ -1253,10 +1273,12 @@ def banner(config, images, model, clock, cost, machine, origin):
         (counts and max(counts) > 10 * min(counts),
          "warning: the classes are far out of balance; expect the small ones to look worse"),
         (abar > 0.01, "warning: abar_T is above 0.01: sampling starts from purer noise than the network ever "
-         "sees. Leave out --beta_start and --beta_end, or expect wrong colours"),
+         "sees. Leave out --beta_start and --beta_end (a recipe's own go with --schedule cosine), or expect "
+         "wrong colours"),
         (n < c.batch_size, f"warning: {n} pictures for a batch of {c.batch_size}: they repeat in it"),
-        (n < 1000, f"note: {n} pictures will be learned by heart; from about 1,000 on a model invents")]
-    for holds, note in [*notes, (origin, origin)]:
+        (n < 1000, f"note: {n} pictures will be learned by heart; from about 1,000 on a model invents"),
+        (origin, origin)]  # where the weights come from, if not from chance
+    for holds, note in notes:
         if holds:
             print(note)
 
@@ -1486,7 +1508,7 @@ def find_model(config):
 def sample(config):
     """Draw pictures with the model at config.model_path and write them. Returns them: uint8 (N, C, H, W)."""
     path, given = find_model(config), {name: getattr(config, name) for name in FOR_SAMPLING}
-    config = c = stored_config(read_checkpoint(path), path, given, FOR_SAMPLING)
+    c = stored_config(read_checkpoint(path), path, given, FOR_SAMPLING)
     check(c)
     keep_memory()
     device = choose_device(c.device)
@@ -1513,15 +1535,15 @@ def sample(config):
     batches = math.ceil(c.num_samples / c.sample_batch_size)
     with tqdm(total=batches * c.sampling_steps, unit="step", dynamic_ncols=True) as bar:
         pixels = draw(model, diffusion, c, range(c.num_samples), labels, precision, watch, **edit)
-    folder, columns = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
+    folder, names = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
     text = dict(seed=c.seed, sampler=c.sampler, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance,
                 classes=c.classes or "all", model=digest, version=torch.__version__)
     edited = {name: given[name] for name in EDITING if given[name] is not None}
     text |= {name: Path(str(value)).name for name, value in edited.items()}
     files = [plot_chain(way, folder / "denoising_steps.png", c, text)]
     if c.interpolate is None:
-        grid = grid_columns(len(pixels), columns)
-        files.append(save_grid(pixels, folder / "generated_sample.png", c, grid, text))
+        columns = grid_columns(len(pixels), names)
+        files.append(save_grid(pixels, folder / "generated_sample.png", c, columns, text))
     else:  # a strip, and there and back again
         files += [save_grid(pixels, folder / "interpolation.png", c, len(pixels), text),
                   save_gif([*pixels[:, None], *pixels[1:-1, None].flip(0)], folder / "interpolation.gif", c)]
@@ -1755,7 +1777,7 @@ def main(argv=None):
             sample(override(config, model_path=path))
         elif "resume" in given:
             path, checkpoint = find_resume(override(Config(), **given))
-            train(stored_config(checkpoint, path, given, FOR_RESUMING))
+            train(stored_config(checkpoint, path, given | dict(resume=str(path)), FOR_RESUMING))
         else:
             train(preset(given.get("preset", Config.preset), **given))
     return run(work)

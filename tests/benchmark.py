@@ -131,6 +131,11 @@ def samplers(args):
     for sampler in ddpm.SAMPLERS:
         cells = [f"{table[sampler, k]:.1f}" if (sampler, k) in table else "" for k in counts]
         print(f"| `{sampler}` | " + " | ".join(cells) + " |")
+    print(plot_samplers(table, counts, args.plot))
+
+
+def plot_samplers(table, counts, path):
+    """table: {(sampler, evaluations): distance}. Returns the path."""
     figure = ddpm.new_figure(5.2, 3.4)
     a = figure.subplots()
     for sampler, colour in zip(ddpm.SAMPLERS, ddpm.COLOURS):
@@ -138,18 +143,16 @@ def samplers(args):
         a.plot(x, [table[sampler, k] for k in x], "o-", color=colour, ms=4, lw=1.8, label=sampler)
     a.set(
         xscale="log",
-        yscale="log",
         xlabel="evaluations of the network",
         title="Frechet distance, lower is better",
     )
     a.set_xticks(counts, counts)
     a.minorticks_off()
-    low, high = a.get_ylim()
-    a.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}" if high < 10 * low else "")
+    a.set_ylim(bottom=0)
     a.spines[["top", "right"]].set_visible(False)
     a.grid(alpha=0.25)
     a.legend(fontsize=8, frameon=False)
-    print(ddpm.save_figure(figure, args.plot))
+    return ddpm.save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------- throughput

@@ -530,7 +530,7 @@ def test_labels_are_those_of_the_model(run, half_held_out, pictures, tmp_path, q
 def test_settings_come_from_the_checkpoint_unless_given(run, half_held_out, tmp_path, quick_plots):
     assert run("--model_path", half_held_out) == 0
     before = result(tmp_path)
-    assert before["config"]["num_samples"] == 3 and before["config"]["sampler"] == "ddpm"
+    assert before["config"]["num_samples"] == 3 and before["config"]["sampler"] == "dpm++"
     more = "--sampler ddim --sampling-steps 5 --guidance 1 --classes disc --no_ema --samples_dir elsewhere"
     assert run("--model_path", half_held_out, more) == 0
     after = json.loads((tmp_path / "elsewhere" / "evaluation.json").read_text())
