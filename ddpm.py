@@ -1674,6 +1674,7 @@ def smooth(values):
 
 def plot_loss(rows, path):
     """The loss, held-out too, and by quarter of the timesteps. rows: lines of metrics.jsonl."""
+    from matplotlib.ticker import LogLocator  # not at the top, for the reason in `new_figure`
     figure, (left, right) = plot_pair(["loss", "loss by quarter of the timesteps"], "step")
     lines, held = [r for r in rows if "loss" in r], [r for r in rows if "held_out_loss" in r]
     steps, loss = [r["step"] for r in lines], [r["loss"] for r in lines]
@@ -1688,8 +1689,8 @@ def plot_loss(rows, path):
         right.plot(x, y, color=COLOURS[q], lw=1.8, label=name)
     for a in (left, right):
         a.set_yscale("log")
-        low, high = a.get_ylim()
-        a.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}" if high < 10 * low else "")
+        ticks = LogLocator(subs=(1, 2, 3, 5, 7))
+        a.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
         a.legend(fontsize=8, frameon=False)
     return save_figure(figure, path)
 
