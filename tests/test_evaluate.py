@@ -487,7 +487,7 @@ def test_one_command_says_it_all(run, half_held_out, tmp_path, capsys, script):
         assert figures["pictures"] == 4 and figures["reference"] == 12 and len(figures["by_timestep"]) == 6
         for key, form in (("bits", ".3f"), ("loss", ".4g"), ("fid", ".4g"), ("kid", ".4g")):
             assert f"{figures[key]:{form}}" in out
-    for said in ("9: ddpm, 2 steps, trailing spacing, x0 clipped", "averaged (EMA)", "768 values a picture"):
+    for said in ("9: dpm++, 2 steps, trailing spacing, x0 clipped", "averaged (EMA)", "768 values a picture"):
         assert said in out
     assert f"{found['copying']['share']:.0%} of 9 samples" in out and "12 held-out" in " ".join(out.split())
     assert Image.open(tmp_path / "samples" / "nearest.png").size[0] > 500
