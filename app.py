@@ -117,7 +117,7 @@ def draw(section, key, c, **edit):
     labels = ddpm.sample_labels(c, model.classes, c.num_samples)
     labels = labels if c.interpolate is None else labels[:1] * len(labels)
     names = [f"{i + 1} {model.classes[label] if model.classes else ''}" for i, label in enumerate(labels)]
-    steps = max(1, round((c.strength or 1) * c.sampling_steps))
+    steps = len(ddpm.reverse_timesteps(c)) - 1
     frames, way, every = ddpm.spread(np.arange(steps), 60), [], math.ceil(steps / 12)
     bar = st.progress(0.0, "Starting")
     st.button("Stop", on_click=st.session_state.update, kwargs=dict(stopped=True))

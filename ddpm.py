@@ -950,6 +950,13 @@ def choose_device(name):
         torch.cuda.set_device(index)  # nccl moves objects through the current one
     return torch.device(name, index)
 
+def join_processes(device):
+    """This process's number among those that torchrun started, which can talk from now on, and how many."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world
+
 def choose_precision(name, device):
     """fp32, bf16 or fp16 for --precision: auto is bf16 where the hardware has instructions for it."""
     kind = device.type
@@ -1055,15 +1062,13 @@ def train(config):
             "is written there would be learned too: choose another folder.")
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = join_processes(device)
     slices = world * config.grad_accum
     require(config.batch_size % slices == 0, f"--batch_size {config.batch_size} does not split into {slices} "
             f"({world} processes, --grad_accum {config.grad_accum}): use a multiple of {slices}.")
     deepest = network_size(config) // {"simple": 16, "resnet18": 32}.get(config.arch, 1)
     require(deepest > 1 or config.batch_size > slices, f"--batch_size {config.batch_size} leaves --arch "
             f"{config.arch} one pixel to normalise by: use {2 * slices} or more, or a larger --image_size.")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # ---- data, network, optimiser, and where an earlier run left off
     path, resumed = find_resume(config) if config.resume else (None, None)
@@ -1109,31 +1114,30 @@ def train(config):
     net = torch.compile(model) if config.compile else model
     if world > 1:
         net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
-    if rank == 0:
-        cost = f"{madds / 1e9:.3g} G multiply-adds and {kept / 1e6:.3g} MB a picture"
-        space = f"about {memory / 1e9:.2g} GB a step, {free / 1e9:.3g} GB free"
-        if model.recompute:
-            space += "; too much, so stages are computed again going back, for two thirds of it"
-        if memory > free:
-            space += f"; try --grad_accum {2 * config.grad_accum}"
-        machine = f"{describe(device)}, {precision}, processes {world}, torch {torch.__version__}"
-        banner(config, images, model, clock, cost, machine, space, origin)
+    cost = f"{madds / 1e9:.3g} G multiply-adds and {kept / 1e6:.3g} MB a picture"
+    space = f"about {memory / 1e9:.2g} GB a step, {free / 1e9:.3g} GB free"
+    if model.recompute:
+        space += "; too much, so stages are computed again going back, for two thirds of it"
+    if memory > free:
+        space += f"; try --grad_accum {2 * config.grad_accum}"
+    machine = f"{describe(device)}, {precision}, processes {world}, torch {torch.__version__}"
+    banner(config, images, model, clock, cost, machine, space, origin)
     if config.dry_run:
         return dry_run(net, diffusion, images, config, device, precision, slices)
-    preview = make_previews(config, images, diffusion, device, precision, rank, world)
+    preview = make_previews(config, images, diffusion, device, precision, world)
     log = RunLog(config, images, clock, device) if rank == 0 else None  # one process tells and writes
 
-    def last_good():
-        return (step_files(config.model_path)[1] or ["none yet"])[-1]
+    def require_finite(good, what, step):
+        last = (step_files(config.model_path)[1] or ["none yet"])[-1]
+        require(good, f"Non-finite {what} at step {step} (lr {lr:.2g}, {precision}). Last good checkpoint: "
+                f"{last}. Try --precision fp32 or a lower --lr.")
 
     def save():
         state = dict(
             format=FORMAT, config=dataclasses.asdict(config), classes=model.classes, channels=model.channels,
             data=images.fingerprint, held_out=images.held_out.tolist(), step=clock.step,
             seconds=clock.seconds(), weights=dict(model.state_dict()), ema=dict(ema.state_dict()))
-        require(all_finite(state["weights"], state["ema"]),
-                f"Non-finite weights at step {clock.step}, not saved (lr {lr:.2g}, {precision}). Last good "
-                f"checkpoint: {last_good()}. Try --precision fp32 or a lower --lr.")
+        require_finite(all_finite(state["weights"], state["ema"]), "weights, not saved,", clock.step)
         whole = state | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         step_path = step_files(config.model_path)[0] / f"step_{clock.step:08d}.pt"
         log.wrote(atomic_write(step_path, lambda f: torch.save(whole, f)),  # all that is needed to go on
@@ -1166,9 +1170,7 @@ def train(config):
             leave = done or stopping
             save_now = leave or clock.step % config.save_every == 0
             if clock.step % config.log_every == 0 or save_now:
-                require(bad_step.item() < 0,
-                        f"Non-finite loss at step {bad_step.item()} (lr {lr:.2g}, {precision}). Last good "
-                        f"checkpoint: {last_good()}. Try --precision fp32 or a lower --lr.")
+                require_finite(bad_step.item() < 0, "loss", bad_step.item())
                 if world > 1:
                     dist.all_reduce(sums)
                 if log and sums[1].sum() > 0:
@@ -1222,7 +1224,7 @@ def train(config):
         raise SystemExit(128 + stopping)
     return Path(config.model_path)
 
-def make_previews(config, images, diffusion, device, precision, rank, world):
+def make_previews(config, images, diffusion, device, precision, world):
     """preview(ema, asked) -> (t, (clean, noisy, predicted), generated, held-out loss or None); None if it was
     stopped. It takes the same pictures, timesteps and noise each time, so that grids compare."""
     labels = sample_labels(config, images.classes, config.num_samples)
@@ -1234,18 +1236,14 @@ def make_previews(config, images, diffusion, device, precision, rank, world):
 
     x0, t, eps, y = fixed(spread(images.train, 8))
     held_out = fixed(spread(images.held_out, 256))  # the same four of these
-    xt, shares = diffusion.q_sample(x0, t, eps), [None] * world  # shares: what each process drew
+    xt = diffusion.q_sample(x0, t, eps)
     @torch.no_grad()
     def preview(ema, asked):
         with autocast(device, precision):
             pred = diffusion.predict_x0(ema(xt, t, y).float(), xt, t)
             parts = zip(*(v.split(64) for v in held_out)) if len(images.held_out) else ()
             losses = [diffusion.loss(ema, *part) for part in parts]
-        mine = range(rank, len(labels), world)  # every process draws its share
-        drawn = draw(ema, diffusion, config, mine, labels, precision, lambda *_: asked and world == 1)
-        if world > 1:
-            dist.all_gather_object(shares, drawn)
-            drawn = torch.stack([shares[i % world][i // world] for i in range(len(labels))])
+        drawn = draw_together(ema, diffusion, config, labels, precision, lambda *_: asked and world == 1)
         held = torch.cat(losses).mean().item() if losses else None
         return None if drawn is None else (t.tolist(), (x0, xt, pred), drawn, held)
     return preview
@@ -1447,11 +1445,16 @@ def sample_labels(config, classes, n):
         require(name in classes, f"--classes {config.classes}: the model has no class {name!r}; {known}.")
     return [classes.index(names[i % len(names)]) if names else -1 for i in range(n)]
 
+def reverse_timesteps(config):
+    """The timesteps that drawing goes down through: from pure noise, or --strength of the way there."""
+    share = config.strength or 1
+    return spaced_timesteps(*(max(1, round(share * n)) for n in (config.timesteps, config.sampling_steps)))
+
 def generate(model, diffusion, config, indices, labels, precision="fp32", picture=None, mask=None):
     """Draw the pictures number `indices` with these labels (-1: none); yields (t, x, x0) after each step, x
     and x0 (n, C, H, W) float32. They depend on the Config's seed and sampling settings alone, and on what is
     edited: picture (1, C, H, W) in [-1, 1], and mask (1, 1, H, W), 1 where it is drawn anew, 0 where kept."""
-    c, T, ts = config, diffusion.T, spaced_timesteps(diffusion.T, config.sampling_steps)
+    c, ts = config, reverse_timesteps(config)
     require(c.guidance == 1 or model.classes,
             f"--guidance {c.guidance:g}: the model was trained without classes; leave it out.")
     device, shape = next(model.parameters()).device, (model.channels, model.image_size, model.image_size)
@@ -1462,8 +1465,6 @@ def generate(model, diffusion, config, indices, labels, precision="fp32", pictur
     labels = torch.tensor(labels, device=device)
     denoise, x = make_denoiser(model, diffusion, labels, c.guidance, precision=precision), noise()
     if picture is not None:  # noised part of the way only (SDEdit, Meng et al. 2022, arXiv:2108.01073)
-        share = c.strength or (0.5 if mask is None else 1)
-        ts = spaced_timesteps(max(1, round(share * T)), max(1, round(share * c.sampling_steps)))
         x = diffusion.q_sample(picture.to(device), torch.tensor(ts[:1], device=device), x)
     if mask is not None:
         denoise = keep_known(denoise, picture.to(device), mask.to(device))
@@ -1497,6 +1498,17 @@ def draw(model, diffusion, config, indices, labels, precision, watch, **edit):
         parts.append(to_pixels(x).cpu())
     return torch.cat(parts)
 
+def draw_together(model, diffusion, config, labels, precision, watch, **edit):
+    """`draw` for all indices, shared out among torchrun's processes: in the end each has all the pictures."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(*(math.ceil(len(labels) * r / world) for r in (rank, rank + 1)))
+    drawn = draw(model, diffusion, config, mine, labels, precision, watch, **edit)
+    if world == 1:
+        return drawn
+    shares = [None] * world
+    dist.all_gather_object(shares, drawn)
+    return torch.cat(shares)
+
 def find_model(config):
     """The model to sample from: --model_path, or the one that comes with the program while there is none."""
     shipped = HERE / "saved_models" / "animals.pt"
@@ -1512,11 +1524,14 @@ def sample(config):
     check(c)
     keep_memory()
     device = choose_device(c.device)
+    rank, world = join_processes(device)
     precision = choose_precision(c.precision, device)
     model, diffusion, _ = load_model(path, device, c.ema)
     labels = sample_labels(c, model.classes, c.num_samples)
     labels = labels if c.interpolate is None else labels[:1] * len(labels)
     edit = dict(picture=load_picture(c.init_image, c.image_size, model.channels)) if c.init_image else {}
+    if edit and not c.strength:
+        c = override(c, strength=1.0 if c.mask else 0.5)
     if c.mask:
         edit["mask"] = (load_picture(c.mask, c.image_size, 1) > 0).float()
     for place in filter(None, (c.samples_dir, c.individual)):  # if that cannot be, say so before drawing
@@ -1532,9 +1547,13 @@ def sample(config):
         if start == 0:
             way.append((t, to_pixels(x[:8]).cpu()))
 
-    batches = math.ceil(c.num_samples / c.sample_batch_size)
-    with tqdm(total=batches * c.sampling_steps, unit="step", dynamic_ncols=True) as bar:
-        pixels = draw(model, diffusion, c, range(c.num_samples), labels, precision, watch, **edit)
+    batches, steps = math.ceil(c.num_samples / world / c.sample_batch_size), len(reverse_timesteps(c)) - 1
+    with tqdm(total=batches * steps, unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
+        pixels = draw_together(model, diffusion, c, labels, precision, watch, **edit)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return crop(pixels, c)
     folder, names = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
     text = dict(seed=c.seed, sampler=c.sampler, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance,
                 classes=c.classes or "all", model=digest, version=torch.__version__)
@@ -1745,8 +1764,10 @@ def run(work):
     """Do a command's work and return its exit code. What the user can mend is told in a sentence."""
     with contextlib.suppress(AttributeError):  # a terminal may lack letters that names of files have
         sys.stdout.reconfigure(errors="backslashreplace")
+    told = sys.stdout if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")  # one process tells
     try:
-        work()
+        with contextlib.redirect_stdout(told):
+            work()
         return 0
     except UserError as e:
         message = str(e)  # not e: with it, all that its frames hold would live on

@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import sys
 import textwrap
@@ -278,21 +277,6 @@ def distances(features, samples, images, sets, config):
 
 # ------------------------------------------------------------------------------------------------ the command
 
-def draw_all(model, diffusion, config, precision):
-    """The samples, (N, C, H, W) uint8: every process draws its share for the first; the others get None."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    labels, shares = ddpm.sample_labels(config, model.classes, config.num_samples), [None] * world
-    mine = range(rank, len(labels), world)
-    steps = math.ceil(len(mine) / config.sample_batch_size) * config.sampling_steps
-    with tqdm(total=steps, desc="drawing", unit="step", disable=rank > 0, leave=False) as bar:
-        drawn = ddpm.draw(model, diffusion, config, mine, labels, precision, lambda *_: bar.update() and None)
-    if world == 1:
-        return drawn
-    dist.init_process_group("gloo")  # the pictures are on the CPU
-    dist.gather_object(drawn, shares if rank == 0 else None)
-    dist.destroy_process_group()
-    return torch.stack([shares[i % world][i // world] for i in range(len(labels))]) if rank == 0 else None
-
 def say(name, text):
     """Print a line, or a few, of what there is to know; nothing for no text."""
     if text:
@@ -346,10 +330,11 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     compare = features or "num_samples" in given
     require(c.num_samples > 1 or not compare, "--num_samples 1: FID and KID need two pictures or more.")
     require(min(bpd_timesteps, bpd_pictures) > 0, "--bpd_timesteps and --bpd_pictures: give 1 or more.")
-    device, first = ddpm.choose_device(c.device), os.environ.get("RANK", "0") == "0"
+    device = ddpm.choose_device(c.device)
+    rank, world = ddpm.join_processes(device)
     precision = ddpm.choose_precision(c.precision, device)
     model, diffusion, stored = ddpm.load_model(path, device, c.ema)
-    if first:  # before the drawing, which may take long: what can go wrong
+    if rank == 0:  # before the drawing, which may take long: what can go wrong
         images = ddpm.load_images(ddpm.override(c, seed=stored.seed), device)  # that seed chose the held-out
         require(images.channels == model.channels, f"{path} draws pictures of {model.channels} channels, and "
                 f"those in {c.data_path} have {images.channels}: give the --data_path of its training.")
@@ -357,8 +342,13 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         if missing:
             say("note", missing)
     ddpm.keep_memory()
-    samples = draw_all(model, diffusion, c, precision)
-    if not first:
+    labels = ddpm.sample_labels(c, model.classes, c.num_samples)
+    steps = math.ceil(len(labels) / world / c.sample_batch_size) * c.sampling_steps
+    with tqdm(total=steps, desc="drawing", unit="step", disable=rank > 0, leave=False) as bar:
+        samples = ddpm.draw_together(model, diffusion, c, labels, precision, lambda *_: bar.update() and None)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
         return None
 
     # ---- figures

@@ -2,22 +2,33 @@
 
     python tests/benchmark.py features                      # trains the small feature network, once
     python tests/benchmark.py samplers --model_path MODEL   # quality against the number of evaluations
+    python tests/benchmark.py quality                       # ten minutes of training each, side by side
     python tests/benchmark.py throughput                    # training steps, side by side with other projects
+    python tests/benchmark.py drawing                       # 64 pictures, side by side
+    python tests/benchmark.py waste --pictures 100000       # what is spent around the network
 
-Rates are of programs that take turns in one run, medians over the turns. Quality is the Frechet distance
-of the features of a small classifier of Fashion-MNIST: comparable within one table, with no other.
+The other projects are those of `pip install diffusers denoising-diffusion-pytorch`. Every program runs in a
+process of its own. Rates are of programs that take turns in one run, medians over the turns. Quality is the
+Frechet distance of the features of a small classifier of Fashion-MNIST: comparable within one table, with no
+other.
 """
 
 import argparse
 import json
+import math
+import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -155,17 +166,20 @@ def plot_samplers(table, counts, path):
     return ddpm.save_figure(figure, path)
 
 
-# ------------------------------------------------------------------------------------------------- throughput
+# ----------------------------------------------------------------------------------------------- the programs
+# Each is a function that makes (model, step, draw): step(x0, share) trains on pictures (N, C, 32, 32) in
+# [-1, 1] when that share of the time is over; draw(n) gives so many of them.
 
 
-def ours(config):
-    """One training step as ddpm.train takes it, of the paper's network with 64 channels on 32x32 pictures."""
-    model = ddpm.build_model(config, 3, [])
+def ours(channels, config):
+    """The steps of ddpm.train, without what it writes. It is not asked to draw."""
+    model = ddpm.build_model(config, channels, [])
     ema, diffusion = ddpm.copy.deepcopy(model), ddpm.make_diffusion(config)
-    optimizer, count = torch.optim.Adam(model.parameters(), 2e-4, fused=True), [0]
+    optimizer, count = torch.optim.Adam(model.parameters(), config.lr, fused=True), [0]
     precision = ddpm.choose_precision("auto", torch.device("cpu"))
+    ddpm.keep_memory()
 
-    def step(x0):
+    def step(x0, share):
         t, eps = torch.randint(config.timesteps, (len(x0),)), torch.randn_like(x0)
         with ddpm.autocast(x0.device, precision):
             loss = diffusion.loss(model, x0, t, eps).mean()
@@ -173,29 +187,41 @@ def ours(config):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ddpm.update_ema(ema, model, count[0], 0.9999)
+        ddpm.update_ema(ema, model, count[0], config.ema_decay)
         count[0] += 1
 
-    return model, step
+    return model, step, None
 
 
-def theirs_diffusers():
-    """diffusers' training script: its scheduler, its EMA, fp32 as it comes."""
+def falling(optimizer, lr, share):
+    """The rate for the other projects: half a cosine, as in diffusers' training script."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * share))
+
+
+def diffusers_program(channels, widths, layers, attention, lr, size=32):
+    """diffusers as its script for unconditional training puts it together: fp32, EMA with its warm-up."""
     import diffusers
     from diffusers.training_utils import EMAModel
 
+    diffusers.utils.logging.disable_progress_bar()
+    kinds = ["Attn" * (i in attention) for i in range(len(widths))]
     model = diffusers.UNet2DModel(
-        sample_size=32,
-        block_out_channels=(64, 128, 128, 128),
-        norm_num_groups=16,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        layers_per_block=layers,
+        norm_num_groups=math.gcd(*widths, 16),
         attention_head_dim=None,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
     )
-    scheduler = diffusers.DDPMScheduler()
-    ema, optimizer = EMAModel(model.parameters(), 0.9999), torch.optim.AdamW(model.parameters(), 2e-4)
+    scheduler, optimizer = diffusers.DDPMScheduler(), torch.optim.AdamW(model.parameters(), lr)
+    ema = EMAModel(model.parameters(), 0.9999, use_ema_warmup=True, power=0.75)
 
-    def step(x0):
+    def step(x0, share):
+        falling(optimizer, lr, share)
         t, eps = torch.randint(1000, (len(x0),)), torch.randn_like(x0)
         F.mse_loss(model(scheduler.add_noise(x0, eps, t), t).sample, eps).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -203,98 +229,323 @@ def theirs_diffusers():
         optimizer.zero_grad()
         ema.step(model.parameters())
 
-    return model, step
+    def draw(n):
+        ema.copy_to(model.parameters())
+        pipeline = diffusers.DDIMPipeline(model, diffusers.DDIMScheduler.from_config(scheduler.config))
+        pipeline.set_progress_bar_config(disable=True)
+        parts = [
+            pipeline(batch_size=min(100, n - i), num_inference_steps=50, output_type="np").images
+            for i in range(0, n, 100)
+        ]
+        return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2) * 2 - 1
+
+    return model, step, draw
 
 
-def theirs_lucidrains():
-    """denoising-diffusion-pytorch's own diffusion and EMA."""
+def lucidrains_program(channels, mults, lr):
+    """denoising-diffusion-pytorch: its own diffusion, its own EMA, as its Trainer uses them."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
-    model = Unet(dim=32, dim_mults=(1, 2, 4, 8), flash_attn=False)
-    diffusion = GaussianDiffusion(model, image_size=32)
-    ema, optimizer = (
-        EMA(diffusion, beta=0.995, update_every=10),
-        torch.optim.Adam(diffusion.parameters(), 2e-4),
-    )
+    model = Unet(dim=32, dim_mults=mults, channels=channels, flash_attn=False)
+    diffusion = GaussianDiffusion(model, image_size=32, sampling_timesteps=50)
+    ema = EMA(diffusion, beta=0.995, update_every=10)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr, betas=(0.9, 0.99))
 
-    def step(x0):
+    def step(x0, share):
+        falling(optimizer, lr, share)
         diffusion((x0 + 1) / 2).backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
 
-    return model, step
+    def draw(n):
+        parts = [ema.ema_model.sample(batch_size=min(100, n - i)) for i in range(0, n, 100)]
+        return torch.cat(parts) * 2 - 1
+
+    return model, step, draw
 
 
-def matrix_rate():
-    """GFLOP/s of a bf16 product of matrices of 2048x2048, the best of ten."""
-    a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
-    times = []
-    for _ in range(10):
+PAPER = {  # the paper's network with 64 channels, the same of diffusers, and a common one
+    "ddpm.py": lambda: ours(3, ddpm.preset("cifar10", channels=64, dropout=0.0)),
+    "diffusers": lambda: diffusers_program(3, (64, 128, 128, 128), 2, [1], 2e-4),
+    "denoising-diffusion-pytorch": lambda: lucidrains_program(3, (1, 2, 4, 8), 2e-4),
+}
+SMALL = {  # for grey pictures and ten minutes
+    "diffusers": lambda: diffusers_program(1, (32, 64, 64), 1, [2], 1e-3),
+    "denoising-diffusion-pytorch": lambda: lucidrains_program(1, (1, 2, 2), 1e-3),
+}
+
+# ----------------------------------------------------------------------------------------------- side by side
+
+
+class Turns:
+    """A program in a process of its own. start(*args) runs there and returns (what to tell, work); each
+    turn() does the work a few times and returns the seconds that it took once."""
+
+    def __init__(self, start, *args):
+        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.told, self.times = self.process.submit(Turns.begin, start, *args).result(), []
+
+    @staticmethod
+    def begin(start, *args):
+        told, Turns.work = start(*args)
+        Turns.work()
+        return told
+
+    @staticmethod
+    def time(repeats):
         began = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - began)
-    return 2 * 2048**3 / min(times) / 1e9
+        for _ in range(repeats):
+            Turns.work()
+        return (time.perf_counter() - began) / repeats
+
+    def turn(self, repeats):
+        self.times.append(self.process.submit(Turns.time, repeats).result())
+
+
+def side_by_side(start, names, args):
+    """{name: Turns} after all turns, of those programs that are installed."""
+    programs = {}
+    for name in names:
+        try:
+            programs[name] = Turns(start, name, args.memory)
+        except ImportError as e:
+            print(f"{name} is left out: pip install {e.name.replace('_', '-')}")
+    for _ in range(args.turns):
+        for program in programs.values():
+            program.turn(args.repeats)
+    return programs
+
+
+def matrix_rate(memory):
+    """As a program: the product of two matrices of 2048x2048 in bf16."""
+    a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
+    return None, lambda: [a @ b for _ in range(20)]
+
+
+def start_training(name, memory):
+    """A program whose turn is a training step on 32 pictures; tells its parameters and FLOPs a step."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if name == "bf16 matrix product":
+        return (0, 20 * 2 * 2048**3), matrix_rate(memory)[1]
+    if memory:
+        ddpm.keep_memory()
+    model, step, _ = PAPER[name]()
+    x0 = torch.rand(32, 3, 32, 32) * 2 - 1
+    with FlopCounterMode(display=False) as counter:
+        step(x0, 0)
+    return (sum(p.numel() for p in model.parameters()), counter.get_total_flops()), lambda: step(x0, 0)
 
 
 def throughput(args):
-    """Pictures and GFLOP a second of whole training steps; the programs take turns."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    if args.memory:
-        ddpm.keep_memory()  # for all of them alike: it is a setting of the process
-    config = ddpm.preset("cifar10", channels=64, dropout=0.0)
-    x0, rows = torch.rand(32, 3, 32, 32) * 2 - 1, {}
-    makers = {
-        "ddpm.py": lambda: ours(config),
-        "diffusers": theirs_diffusers,
-        "denoising-diffusion-pytorch": theirs_lucidrains,
-    }
-    for name, make in makers.items():
-        try:
-            model, step = make()
-        except ImportError as e:
-            print(f"{name} is left out: pip install {e.name.replace('_', '-')}")
-            continue
-        step(x0)
-        with FlopCounterMode(display=False) as counter:
-            step(x0)
-        rows[name] = dict(
-            step=step,
-            flops=counter.get_total_flops(),
-            times=[],
-            parameters=sum(p.numel() for p in model.parameters()),
-        )
-    for _ in range(args.turns):
-        for row in rows.values():
-            began = time.perf_counter()
-            for _ in range(args.repeats):
-                row["step"](x0)
-            row["times"].append((time.perf_counter() - began) / args.repeats)
-    rate, threads = matrix_rate(), torch.get_num_threads()
+    """Pictures and GFLOP a second of whole training steps of 32 pictures."""
+    programs = side_by_side(start_training, [*PAPER, "bf16 matrix product"], args)
+    seconds = {name: statistics.median(program.times) for name, program in programs.items()}
+    rates = {name: program.told[1] / seconds[name] / 1e9 for name, program in programs.items()}
+    rate = rates.pop("bf16 matrix product")
     print(
-        f"\nbf16 matrix product {rate:.0f} GFLOP/s, {threads} threads, torch {torch.__version__}; "
-        f"medians of {args.turns} turns of {args.repeats} steps of {len(x0)} pictures"
-        f"{', memory kept for all' if args.memory else ''}\n"
+        f"\nbf16 matrix product {rate:.0f} GFLOP/s, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}; medians of {args.turns} turns of {args.repeats} steps of 32 pictures"
+        f"{', glibc keeps memory for all' if args.memory else ''}\n"
     )
     print("| | parameters | pictures/s | GFLOP/s | of the matrix rate |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        seconds = statistics.median(row["times"])
-        pictures, gflops = len(x0) / seconds, row["flops"] / seconds / 1e9
-        print(f"| {name} | {row['parameters']:,} | {pictures:.1f} | {gflops:.0f} | {gflops / rate:.0%} |")
-    print(json.dumps({name: [round(t, 4) for t in row["times"]] for name, row in rows.items()}))
+    for name, gflops in rates.items():
+        parameters, pictures = programs[name].told[0], 32 / seconds[name]
+        print(f"| {name} | {parameters:,} | {pictures:.1f} | {gflops:.0f} | {gflops / rate:.0%} |")
+    ratio = {name: seconds[name] / seconds["ddpm.py"] for name in rates}
+    work = {name: rates["ddpm.py"] / rates[name] for name in rates}
+    print("\nddpm.py's pictures/s are", *(f"{v:.2f} times {k}'s," for k, v in ratio.items() if v != 1))
+    print("its GFLOP/s are", *(f"{v:.2f} times {k}'s," for k, v in work.items() if v != 1))
+    print(json.dumps({name: [round(t, 4) for t in p.times] for name, p in programs.items()}))
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+def start_drawing(name, memory):
+    """A program whose turn is the drawing of so many pictures of 64x64, by models of one shape."""
+    who, number = name.split(", ")
+    number, config = int(number), ddpm.preset("animals")
+    if memory or who == "ddpm.py":
+        ddpm.keep_memory()
+    if who == "ddpm.py":
+        model, diffusion, config = ddpm.load_model(ddpm.HERE / "saved_models" / "animals.pt")
+        labels = ddpm.sample_labels(config, model.classes, number)
+        precision = ddpm.choose_precision("auto", torch.device("cpu"))
+
+        def draw():
+            ddpm.draw(model, diffusion, config, range(number), labels, precision, lambda *_: None)
+
+        return f"{config.sampler}, {config.sampling_steps} steps, guidance {config.guidance:g}", draw
+    widths = [config.channels * m for m in config.channel_mults]
+    _, _, draw = diffusers_program(3, widths, config.res_blocks, [2, 3], config.lr, config.image_size)
+    return "DDIM, 50 steps, no guidance", lambda: draw(number)
+
+
+def drawing(args):
+    """Seconds for 64 and for 8 pictures of 64x64: the shipped model, and diffusers' DDIM in 50 steps."""
+    names = [f"{who}, {n}" for n in (64, 8) for who in ("ddpm.py", "diffusers")]
+    programs = side_by_side(start_drawing, names, args)
+    print("\n| | how | seconds |\n|---|---|---|")
+    for name, program in programs.items():
+        print(f"| {name} pictures | {program.told} | {statistics.median(program.times):.2f} |")
+    print(json.dumps({name: [round(t, 2) for t in p.times] for name, p in programs.items()}))
+
+
+# ----------------------------------------------------------------------------------------- quality per minute
+
+
+def learn(name, args):
+    """Train a program on Fashion-MNIST for args.minutes; returns args.num_samples of its pictures, (N, 1, 28,
+    28) in [-1, 1], and what it took."""
+    torch.manual_seed(0)
+    if name == "ddpm.py":
+        with tempfile.TemporaryDirectory() as folder:
+            config = ddpm.preset(
+                "fashion_mnist",
+                minutes=args.minutes,
+                download_dir=args.download_dir,
+                model_path=f"{folder}/model.pt",
+                samples_dir=folder,
+            )
+            ddpm.train(config)
+            rows = Path(folder, "metrics.jsonl").read_text().splitlines()
+            model, diffusion, config = ddpm.load_model(config.model_path)
+        seen = max(json.loads(row)["step"] for row in rows[1:]) * config.batch_size
+        labels = ddpm.sample_labels(config, model.classes, args.num_samples)
+        precision, began = ddpm.choose_precision("auto", torch.device("cpu")), time.monotonic()
+        pixels = ddpm.draw(
+            model, diffusion, config, range(args.num_samples), labels, precision, lambda *_: None
+        )
+        x = ddpm.to_network(ddpm.crop(pixels, config))
+    else:
+        model, step, draw = SMALL[name]()
+        x, _ = fashion(args.download_dir, True)
+        x, seen, began = F.pad(x, (2, 2, 2, 2), value=-1.0), 0, time.monotonic()
+        while (share := (time.monotonic() - began) / 60 / args.minutes) < 1:
+            if seen % (len(x) // 128 * 128) == 0:
+                order = torch.randperm(len(x))
+            at = seen % (len(x) // 128 * 128)
+            step(x[order[at : at + 128]], share)
+            seen += 128
+        began = time.monotonic()
+        with torch.no_grad():
+            x = draw(args.num_samples)[..., 2:-2, 2:-2]
+    parameters = sum(p.numel() for p in model.parameters())
+    return x, parameters, seen, time.monotonic() - began
+
+
+def quality(args):
+    """Every program learns for as many minutes, one after another, and draws; the distances from the training
+    pictures, and that of as many test pictures. Writes a grid of each."""
+    eye, (real, _), (test, _) = (
+        torch.jit.load(args.features).eval(),
+        fashion(args.download_dir, True),
+        fashion(args.download_dir, False),
+    )
+    target, n = moments(eye, real), args.num_samples
+    base = statistics.median(
+        frechet(
+            moments(eye, test[torch.randperm(len(test), generator=torch.Generator().manual_seed(k))[:n]]),
+            target,
+        )
+        for k in range(5)
+    )
+    print(
+        f"{n} real test pictures against the training pictures: {base:.2f}, the median of five draws\n",
+        flush=True,
+    )
+    print(
+        "| | parameters | pictures seen | distance | of the real one's | drawing |\n|---|---|---|---|---|---|"
+    )
+    for name in args.programs or ["ddpm.py", *SMALL]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            x, parameters, seen, seconds = process.submit(learn, name, args).result()
+        distance = frechet(moments(eye, x), target)
+        cells = f"{parameters:,} | {seen:,} | {distance:.1f} | {distance / base:.1f} | {seconds:.0f} s"
+        print(f"| {name} | {cells} |", flush=True)
+        grid = torchvision.utils.make_grid(ddpm.to_pixels(x[:50]), 10, pad_value=255)
+        ddpm.save_png(ddpm.to_images(grid[None])[0], Path(args.plot).with_name(f"quality_{name}.png"))
+
+
+# ------------------------------------------------------------------------------------------------------ waste
+
+
+def synthetic(n):
+    """A source of n pictures of 80x60 that are drawn when they are opened."""
+
+    def picture(i):
+        return Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+
+    return ddpm.Source([str(i) for i in range(n)], np.full(n, -1), [], ["synthetic", n], picture)
+
+
+def waste(args):
+    """What a training run spends around the network: a real one, its functions timed on the way."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = ddpm.preset(
+            args.preset,
+            steps=args.steps[0],
+            download_dir=args.download_dir,
+            model_path=f"{folder}/model.pt",
+            samples_dir=folder,
+        )
+        if args.pictures:
+            ddpm.folder_source = lambda root: synthetic(args.pictures)
+            config = ddpm.override(config, download_dir=folder, class_cond=False)
+        spent, begun = {}, []
+
+        def timed(owner, name, what):
+            real = getattr(owner, name)
+
+            def call(*given, **more):
+                began = time.perf_counter()
+                result = real(*given, **more)
+                begun.append(began)
+                spent[what] = spent.get(what, 0) + time.perf_counter() - began
+                return result
+
+            setattr(owner, name, call)
+
+        timed(ddpm.Images, "batch", "data")
+        timed(ddpm, "update_ema", "averaging the weights")
+        timed(ddpm.RunLog, "line", "metrics")
+        timed(ddpm.RunLog, "tick", "progress bar")
+        timed(ddpm, "draw_together", "drawing pictures")
+        timed(ddpm.RunLog, "pictures", "writing pictures")
+        timed(ddpm.torch, "save", "checkpoints")
+        ddpm.train(config)
+        total = time.perf_counter() - begun[0]
+    print(f"\n{args.preset}, {config.steps} steps of {config.batch_size}, {total:.1f} s in all\n")
+    print("| | share |\n|---|---|")
+    for what, seconds in spent.items():
+        print(f"| {what} | {seconds / total:.2%} |")
+    print(f"| all of these | {sum(spent.values()) / total:.2%} |")
 
 
 def main():
+    commands = dict(
+        features=features,
+        samplers=samplers,
+        quality=quality,
+        throughput=throughput,
+        drawing=drawing,
+        waste=waste,
+    )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("features", "samplers", "throughput"))
+    parser.add_argument("what", choices=commands)
     parser.add_argument("--download_dir", default="data")
     parser.add_argument(
         "--features", default="data/fashion_features.pt", help="where the feature network is kept"
     )
     parser.add_argument("--model_path", default="saved_models/animals.pt")
+    parser.add_argument("--preset", default="animals", help="recipe for waste")
+    parser.add_argument("--pictures", type=int, help="for waste: so many made-up pictures")
+    parser.add_argument("--programs", nargs="+", help="for quality: only these")
+    parser.add_argument("--minutes", type=float, default=10, help="for quality: of training, each")
     parser.add_argument("--num_samples", type=int, default=300)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100])
     parser.add_argument("--all_steps", action="store_true", help="ddpm on all T steps as well")
@@ -304,7 +555,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="glibc keeps freed memory, for all programs")
     args = parser.parse_args()
-    {"features": features, "samplers": samplers, "throughput": throughput}[args.what](args)
+    commands[args.what](args)
 
 
 if __name__ == "__main__":

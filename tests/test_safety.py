@@ -430,7 +430,7 @@ def test_weights_that_overflow_while_the_loss_is_finite_are_not_saved(train, tmp
     assert train("--steps 3") == 1
     said = the_error(capsys)
     assert (
-        "Non-finite weights at step 3, not saved" in said
+        "Non-finite weights, not saved, at step 3" in said
         and "step_00000002.pt" in said
         and "lower --lr" in said
     )

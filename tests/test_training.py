@@ -237,19 +237,92 @@ ONE_STEP = (
 )
 
 
-def test_two_processes_see_the_gradient_of_one_with_two_slices(train, program, pictures, trained, tmp_path):
+@pytest.fixture
+def two(program):
+    """two(*flags) runs ddpm.py, or another file, in two processes started by torchrun."""
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+
+    def run(*flags, **more):
+        result = program(*flags, launcher=launcher, **more)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
+def test_two_processes_see_the_gradient_of_one_with_two_slices(train, two, pictures, trained, tmp_path):
     """Relative 1e-5. It starts from a trained model, since in a new one most gradients are zero."""
     assert train(ONE_STEP, "--grad_accum 2 --init_from", trained, name="one") == 0
     more = [*places(tmp_path / "two", pictures), "--init_from", trained]
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    result = program("--mode train", TINY, ONE_STEP, *more, launcher=launcher)
-    assert result.returncode == 0, result.stderr
-    one, two = gradient(tmp_path / "one"), gradient(tmp_path / "two")
-    assert ((one - two).norm() / one.norm()).item() < 1e-5 and one.norm() > 1e-3
+    said = two("--mode train", TINY, ONE_STEP, *more)
+    alone, shared = gradient(tmp_path / "one"), gradient(tmp_path / "two")
+    assert ((alone - shared).norm() / alone.norm()).item() < 1e-5 and alone.norm() > 1e-3
     rows = [metrics(tmp_path / name / "samples")[1][0] for name in ("one", "two")]
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
-    assert result.stdout.count("Wrote:") == 1, "only the first process tells"
+    assert said.count("Wrote:") == said.count("plan  ") == 1, "only the first process tells"
+
+
+def test_two_processes_go_on_with_a_run_of_one(train, two, pictures, tmp_path):
+    """And arrive where one process with two slices arrives."""
+    for name in ("one", "two"):
+        assert train("--grad_accum 2 --steps 3", name=name) == 0
+    assert train("--resume --steps 6", name="one") == 0
+    more = [*places(tmp_path / "two", pictures), "--resume --steps 6 --grad_accum 1"]
+    two("--mode train", *more)
+    alone, shared = (last_step(tmp_path / name) for name in ("one", "two"))
+    assert alone["step"] == shared["step"] == 6
+    for name, weight in alone["weights"].items():
+        assert torch.allclose(weight, shared["weights"][name], atol=1e-5), name
+
+
+def test_gradients_meet_once_a_step_after_the_last_slice(two, pictures, tmp_path):
+    """Counted by DistributedDataParallel's own hook, which sees every exchange."""
+    counting = tmp_path / "counting.py"
+    counting.write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ddpm
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+exchanges, Parallel = [], ddpm.nn.parallel.DistributedDataParallel
+
+class Counting(Parallel):
+    def __init__(self, *args):
+        super().__init__(*args, bucket_cap_mb=1000)
+        self.register_comm_hook(None, self.count)
+    def count(self, _, bucket):
+        exchanges.append(bucket.is_last())
+        return allreduce_hook(None, bucket)
+
+ddpm.nn.parallel.DistributedDataParallel = Counting
+code = ddpm.main(sys.argv[1:])
+if os.environ["RANK"] == "0":
+    print("exchanges", sum(exchanges))
+sys.exit(code)
+""")
+    more = [TINY, "--steps 3 --batch_size 8 --grad_accum 4", *places(tmp_path / "run", pictures)]
+    assert "exchanges 3\n" in two("--mode train", *more, file=counting)
+
+
+@pytest.mark.parametrize("number", [5, 1])
+def test_two_processes_draw_what_one_draws(two, main, trained, tmp_path, number):
+    """Also where there is nothing to do for one of them."""
+    flags = ["--mode sample --precision fp32 --device cpu --sampling_steps 3 --gif --individual"]
+    more = ["--sample_batch_size 2 --num_samples", number, "--model_path", trained, "--samples_dir"]
+    said = two(*flags, tmp_path / "each2", *more, tmp_path / "two")
+    assert main(*flags, tmp_path / "each1", *more, tmp_path / "one") == 0
+    assert said.count("drawing  ") == said.count("Wrote:") == 1, "only the first process tells"
+    each = [tree(tmp_path / name) for name in ("each1", "each2")]
+    assert len(each[0]) == number and each[0] == each[1]
+    names = [{*tree(tmp_path / name)} for name in ("one", "two")]
+    assert names[0] == names[1] and "generated_sample.png" in names[0] and "denoising.gif" in names[0]
+    one, other = (np.asarray(Image.open(tmp_path / n / "generated_sample.png")) for n in ("one", "two"))
+    assert np.array_equal(one, other)
+
+
+def test_two_processes_check_one_batch_and_tell_once(two, pictures, tmp_path):
+    said = two("--mode train --dry_run", TINY, *places(tmp_path / "run", pictures))
+    assert said.count("dry run ") == 1 and not (tmp_path / "run" / "model.pt").exists()
 
 
 def test_accumulation_averages_the_gradients_of_its_slices(train, trained, tmp_path, monkeypatch):
@@ -428,7 +501,7 @@ def test_the_held_out_loss_is_measured_on_all_classes(tmp_path):
     model = ddpm.build_model(ddpm.override(config, channels=4, channel_mults=(1,)), 1, images.classes)
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     cpu = torch.device("cpu")
-    ddpm.make_previews(config, images, ddpm.make_diffusion(config), cpu, "fp32", 0, 1)(model, [])
+    ddpm.make_previews(config, images, ddpm.make_diffusion(config), cpu, "fp32", 1)(model, [])
     labels = torch.cat([y for y in seen if len(y) == 64])
     assert len(labels) == 256 and 100 < (labels == 1).sum() < 156
 
