@@ -199,7 +199,7 @@ def falling(optimizer, lr, share):
         group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * share))
 
 
-def diffusers_program(channels, widths, layers, attention, lr, size=32):
+def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25):
     """diffusers as its script for unconditional training puts it together: fp32, EMA with its warm-up."""
     import diffusers
     from diffusers.training_utils import EMAModel
@@ -234,7 +234,7 @@ def diffusers_program(channels, widths, layers, attention, lr, size=32):
         pipeline = diffusers.DDIMPipeline(model, diffusers.DDIMScheduler.from_config(scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         parts = [
-            pipeline(batch_size=min(100, n - i), num_inference_steps=50, output_type="np").images
+            pipeline(batch_size=min(100, n - i), num_inference_steps=steps, output_type="np").images
             for i in range(0, n, 100)
         ]
         return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2) * 2 - 1
@@ -248,7 +248,7 @@ def lucidrains_program(channels, mults, lr):
     from ema_pytorch import EMA
 
     model = Unet(dim=32, dim_mults=mults, channels=channels, flash_attn=False)
-    diffusion = GaussianDiffusion(model, image_size=32, sampling_timesteps=50)
+    diffusion = GaussianDiffusion(model, image_size=32, sampling_timesteps=25)
     ema = EMA(diffusion, beta=0.995, update_every=10)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr, betas=(0.9, 0.99))
 
@@ -381,7 +381,7 @@ def start_drawing(name, memory):
 
         return f"{config.sampler}, {config.sampling_steps} steps, guidance {config.guidance:g}", draw
     widths = [config.channels * m for m in config.channel_mults]
-    _, _, draw = diffusers_program(3, widths, config.res_blocks, [2, 3], config.lr, config.image_size)
+    _, _, draw = diffusers_program(3, widths, config.res_blocks, [2, 3], config.lr, config.image_size, 50)
     return "DDIM, 50 steps, no guidance", lambda: draw(number)
 
 
