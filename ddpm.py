@@ -1561,8 +1561,9 @@ def sample(config):
     text |= {name: Path(str(value)).name for name, value in edited.items()}
     files = [plot_chain(way, folder / "denoising_steps.png", c, text)]
     if c.interpolate is None:
-        columns = grid_columns(len(pixels), names)
-        files.append(save_grid(pixels, folder / "generated_sample.png", c, columns, text))
+        some = pixels[:2500]  # who would look at more
+        columns = grid_columns(len(some), names)
+        files.append(save_grid(some, folder / "generated_sample.png", c, columns, text))
     else:  # a strip, and there and back again
         files += [save_grid(pixels, folder / "interpolation.png", c, len(pixels), text),
                   save_gif([*pixels[:, None], *pixels[1:-1, None].flip(0)], folder / "interpolation.gif", c)]
@@ -1587,10 +1588,10 @@ def spread(items, n):
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
 def grid_columns(n, classes):
-    """Columns in a grid of n pictures: one a class where that fits, else about as many as rows, and full."""
+    """Columns in a grid of n pictures: about as many as rows, each of one class, else such that it is full."""
     root = math.ceil(math.sqrt(n))
     full = next((columns for columns in range(root, 2 * root) if n % columns == 0), root)
-    return len(classes) if 2 <= len(classes) <= min(n, 12) else full
+    return max(1, root // len(classes)) * len(classes) if 2 <= len(classes) <= min(n, 12) else full
 
 def to_images(pixels):
     """(N, C, H, W) uint8 -> PIL pictures, grey or in colour."""

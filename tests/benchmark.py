@@ -175,6 +175,7 @@ def ours(channels, config):
     """The steps of ddpm.train, without what it writes. It is not asked to draw."""
     model = ddpm.build_model(config, channels, [])
     ema, diffusion = ddpm.copy.deepcopy(model), ddpm.make_diffusion(config)
+    net = torch.compile(model) if config.compile else model
     optimizer, count = torch.optim.Adam(model.parameters(), config.lr, fused=True), [0]
     precision = ddpm.choose_precision("auto", torch.device("cpu"))
     ddpm.keep_memory()
@@ -182,7 +183,7 @@ def ours(channels, config):
     def step(x0, share):
         t, eps = torch.randint(config.timesteps, (len(x0),)), torch.randn_like(x0)
         with ddpm.autocast(x0.device, precision):
-            loss = diffusion.loss(model, x0, t, eps).mean()
+            loss = diffusion.loss(net, x0, t, eps).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -269,6 +270,7 @@ def lucidrains_program(channels, mults, lr):
 
 PAPER = {  # the paper's network with 64 channels, the same of diffusers, and a common one
     "ddpm.py": lambda: ours(3, ddpm.preset("cifar10", channels=64, dropout=0.0)),
+    "ddpm.py --compile": lambda: ours(3, ddpm.preset("cifar10", channels=64, dropout=0.0, compile=True)),
     "diffusers": lambda: diffusers_program(3, (64, 128, 128, 128), 2, [1], 2e-4),
     "denoising-diffusion-pytorch": lambda: lucidrains_program(3, (1, 2, 4, 8), 2e-4),
 }
@@ -291,7 +293,6 @@ class Turns:
     @staticmethod
     def begin(start, *args):
         told, Turns.work = start(*args)
-        Turns.work()
         return told
 
     @staticmethod
@@ -319,22 +320,27 @@ def side_by_side(start, names, args):
     return programs
 
 
-def matrix_rate(memory):
-    """As a program: the product of two matrices of 2048x2048 in bf16."""
-    a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
-    return None, lambda: [a @ b for _ in range(20)]
+def matrix_product(dtype):
+    """(0 parameters, FLOPs), and the work: twenty products of two matrices of 2048x2048."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    return (0, 20 * 2 * 2048**3), lambda: [a @ b for _ in range(20)]
+
+
+MATRICES = {"bf16 matrix product": torch.bfloat16, "fp32 matrix product": torch.float32}
 
 
 def start_training(name, memory):
     """A program whose turn is a training step on 32 pictures; tells its parameters and FLOPs a step."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    if name == "bf16 matrix product":
-        return (0, 20 * 2 * 2048**3), matrix_rate(memory)[1]
+    if name in MATRICES:
+        return matrix_product(MATRICES[name])
     if memory:
         ddpm.keep_memory()
-    model, step, _ = PAPER[name]()
-    x0 = torch.rand(32, 3, 32, 32) * 2 - 1
+    (model, step, _), x0 = PAPER[name](), torch.rand(32, 3, 32, 32) * 2 - 1
+    began = time.monotonic()
+    step(x0, 0)
+    print(f"{name}: {time.monotonic() - began:.1f} s for the first step", flush=True)
     with FlopCounterMode(display=False) as counter:
         step(x0, 0)
     return (sum(p.numel() for p in model.parameters()), counter.get_total_flops()), lambda: step(x0, 0)
@@ -342,23 +348,26 @@ def start_training(name, memory):
 
 def throughput(args):
     """Pictures and GFLOP a second of whole training steps of 32 pictures."""
-    programs = side_by_side(start_training, [*PAPER, "bf16 matrix product"], args)
+    programs = side_by_side(start_training, [*(args.programs or PAPER), *MATRICES], args)
     seconds = {name: statistics.median(program.times) for name, program in programs.items()}
     rates = {name: program.told[1] / seconds[name] / 1e9 for name, program in programs.items()}
-    rate = rates.pop("bf16 matrix product")
+    rate, fp32 = (rates.pop(name) for name in MATRICES)
+    threads, kept = torch.get_num_threads(), ", glibc keeps memory for all" if args.memory else ""
     print(
-        f"\nbf16 matrix product {rate:.0f} GFLOP/s, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}; medians of {args.turns} turns of {args.repeats} steps of 32 pictures"
-        f"{', glibc keeps memory for all' if args.memory else ''}\n"
+        f"\nmatrix product {rate:.0f} GFLOP/s in bf16, {fp32:.0f} in fp32, {threads} threads, torch", end=" "
     )
+    print(f"{torch.__version__}; medians of {args.turns} turns of {args.repeats} steps{kept}\n")
     print("| | parameters | pictures/s | GFLOP/s | of the matrix rate |\n|---|---|---|---|---|")
     for name, gflops in rates.items():
         parameters, pictures = programs[name].told[0], 32 / seconds[name]
         print(f"| {name} | {parameters:,} | {pictures:.1f} | {gflops:.0f} | {gflops / rate:.0%} |")
-    ratio = {name: seconds[name] / seconds["ddpm.py"] for name in rates}
-    work = {name: rates["ddpm.py"] / rates[name] for name in rates}
-    print("\nddpm.py's pictures/s are", *(f"{v:.2f} times {k}'s," for k, v in ratio.items() if v != 1))
-    print("its GFLOP/s are", *(f"{v:.2f} times {k}'s," for k, v in work.items() if v != 1))
+    first, *others = rates
+    print()
+    for name in others:
+        print(
+            f"{first} has {seconds[name] / seconds[first]:.2f} times the pictures/s of {name}, and "
+            f"{rates[first] / rates[name]:.2f} times its GFLOP/s"
+        )
     print(json.dumps({name: [round(t, 4) for t in p.times] for name, p in programs.items()}))
 
 
@@ -544,7 +553,7 @@ def main():
     parser.add_argument("--model_path", default="saved_models/animals.pt")
     parser.add_argument("--preset", default="animals", help="recipe for waste")
     parser.add_argument("--pictures", type=int, help="for waste: so many made-up pictures")
-    parser.add_argument("--programs", nargs="+", help="for quality: only these")
+    parser.add_argument("--programs", nargs="+", help="for quality and throughput: only these")
     parser.add_argument("--minutes", type=float, default=10, help="for quality: of training, each")
     parser.add_argument("--num_samples", type=int, default=300)
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100])

@@ -291,6 +291,13 @@ def test_denoising_steps_is_a_real_picture(main, trained, tmp_path):
     assert min(picture.size) > 50 and picture.text["ddpm:steps"] == "3"
 
 
+def test_the_grid_of_very_many_pictures_shows_the_first_ones(main, trained, tmp_path, quick_plots):
+    flags = "--mode sample --sampling_steps 1 --sample_batch_size 500 --num_samples 2550 --precision fp32"
+    assert main(flags, "--device cpu --model_path", trained) == 0
+    with Image.open(tmp_path / "samples" / "generated_sample.png") as grid:  # 2500 of three classes
+        assert grid.size == (48 * 66 + 2, 53 * 66 + 2)
+
+
 def draw(trained, tmp_path, **more):
     settings = dict(
         model_path=str(trained),
