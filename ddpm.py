@@ -167,7 +167,7 @@ FLOWERS = dict(LITERAL, data_path="flowers102", max_images=1000, loss="l1", batc
 PRESETS = {
     "animals": dict(),
     "fashion_mnist": dict(
-        FASHION, predict="v", channel_mults=(1, 2, 2), attention_at=(8,), lr=2e-3, steps=1500,
+        FASHION, patch=2, channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
         guidance=1.5),
     "animals_cnn": dict(PLAIN, arch="simple", predict="x0", batch_size=32, epochs=600),
     "cifar10_resnet18": dict(
@@ -1588,7 +1588,7 @@ def spread(items, n):
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
 def grid_columns(n, classes):
-    """Columns in a grid of n pictures: about as many as rows, each of one class, else such that it is full."""
+    """Columns in a grid of n pictures: about as many as rows, each of one class or else such that it is full."""
     root = math.ceil(math.sqrt(n))
     full = next((columns for columns in range(root, 2 * root) if n % columns == 0), root)
     return max(1, root // len(classes)) * len(classes) if 2 <= len(classes) <= min(n, 12) else full

@@ -407,22 +407,19 @@ def drawing(args):
 # ----------------------------------------------------------------------------------------- quality per minute
 
 
+PLACES = dict(model_path=".pt", samples_dir="")  # of our run, beside --plot
+
+
 def learn(name, args):
     """Train a program on Fashion-MNIST for args.minutes; returns args.num_samples of its pictures, (N, 1, 28,
     28) in [-1, 1], and what it took."""
     torch.manual_seed(0)
     if name == "ddpm.py":
-        with tempfile.TemporaryDirectory() as folder:
-            config = ddpm.preset(
-                "fashion_mnist",
-                minutes=args.minutes,
-                download_dir=args.download_dir,
-                model_path=f"{folder}/model.pt",
-                samples_dir=folder,
-            )
-            ddpm.train(config)
-            rows = Path(folder, "metrics.jsonl").read_text().splitlines()
-            model, diffusion, config = ddpm.load_model(config.model_path)
+        places = {k: str(Path(args.plot).with_name("quality" + end)) for k, end in PLACES.items()}
+        config = ddpm.preset("fashion_mnist", minutes=args.minutes, download_dir=args.download_dir, **places)
+        ddpm.train(config)
+        rows = Path(config.samples_dir, "metrics.jsonl").read_text().splitlines()
+        model, diffusion, config = ddpm.load_model(config.model_path)
         seen = max(json.loads(row)["step"] for row in rows[1:]) * config.batch_size
         labels = ddpm.sample_labels(config, model.classes, args.num_samples)
         precision, began = ddpm.choose_precision("auto", torch.device("cpu")), time.monotonic()
