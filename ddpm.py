@@ -1588,7 +1588,7 @@ def spread(items, n):
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
 def grid_columns(n, classes):
-    """Columns in a grid of n pictures: about as many as rows, of one class each, else such that it is full."""
+    """Columns in a grid of n pictures: about as many as rows, each of one class, or else it is full."""
     root = math.ceil(math.sqrt(n))
     full = next((columns for columns in range(root, 2 * root) if n % columns == 0), root)
     return max(1, root // len(classes)) * len(classes) if 2 <= len(classes) <= min(n, 12) else full
