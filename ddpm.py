@@ -168,7 +168,7 @@ PRESETS = {
     "animals": dict(),
     "fashion_mnist": dict(
         FASHION, patch=2, channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
-        guidance=1.5),
+        guidance=1.5, sampler="ddpm", sampling_steps=30),
     "animals_cnn": dict(PLAIN, arch="simple", predict="x0", batch_size=32, epochs=600),
     "cifar10_resnet18": dict(
         PLAIN, data_path="cifar10", arch="resnet18", timesteps=500, schedule="cosine", optimizer="adamw",
