@@ -1524,7 +1524,7 @@ def sample(config):
     check(c)
     keep_memory()
     device = choose_device(c.device)
-    rank, world = join_processes(device)
+    rank, world = join_processes(torch.device("cpu"))  # where the pictures meet
     precision = choose_precision(c.precision, device)
     model, diffusion, _ = load_model(path, device, c.ema)
     labels = sample_labels(c, model.classes, c.num_samples)

@@ -331,7 +331,7 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     require(c.num_samples > 1 or not compare, "--num_samples 1: FID and KID need two pictures or more.")
     require(min(bpd_timesteps, bpd_pictures) > 0, "--bpd_timesteps and --bpd_pictures: give 1 or more.")
     device = ddpm.choose_device(c.device)
-    rank, world = ddpm.join_processes(device)
+    rank, world = ddpm.join_processes(torch.device("cpu"))  # where the pictures meet
     precision = ddpm.choose_precision(c.precision, device)
     model, diffusion, stored = ddpm.load_model(path, device, c.ema)
     if rank == 0:  # before the drawing, which may take long: what can go wrong
