@@ -492,6 +492,18 @@ class Stage(nn.Module):
     def forward(self, x, emb):
         return self.attention(self.res(x, emb))
 
+class Double(nn.Module):
+    """Every pixel to a square of 2x2, then a 3x3 convolution: in one, as a transposed convolution, whose
+    4x4 kernel is the sum of the 3x3 one at four places. 4/9 of the multiply-adds; no large map in between."""
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        kernel = F.pad(self.conv.weight, (0, 0, 0, 1)) + F.pad(self.conv.weight, (0, 0, 1, 0))
+        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
+        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
+
 class UNet(nn.Module):
     """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. Sides divisible by 2^(stages-1).
     image_channels of the pictures; width of the first stage, times mults for each; res_blocks a stage;
@@ -527,8 +539,7 @@ class UNet(nn.Module):
                 self.up.append(Stage(c + skips.pop(), w, *block, kinds[i]))
                 c = w
             if i:
-                near, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(c, c, 3, padding=1)
-                self.up.append(nn.Sequential(OrderedDict(near=near, conv=conv)))
+                self.up.append(Double(c))
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = zero(nn.Conv2d(c, pixel, 3, padding=1))
 
