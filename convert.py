@@ -46,7 +46,7 @@ def layer_names(model):
         stage = block = 0
         for i, layer in enumerate(layers):
             ours, theirs = f"{side}.{i}.", f"{side}_blocks.{stage}."
-            if isinstance(layer, ddpm.Stage):
+            if isinstance(layer, ddpm.ResAttention):
                 part(f"{ours}res.", f"{theirs}resnets.{block}.", RES)
                 part(f"{ours}attention.", f"{theirs}attentions.{block}.", ATTENTION)
                 block += 1
@@ -113,7 +113,7 @@ SCHEDULES = dict(linear="linear", scaled_linear="quadratic", squaredcos_cap_v2="
 
 def unet_config(config, model):
     """The config.json of the UNet2DModel that equals a model of ours."""
-    stages = [layer for layer in model.down if isinstance(layer, ddpm.Stage)][:: config.res_blocks]
+    stages = [layer for layer in model.down if isinstance(layer, ddpm.ResAttention)][:: config.res_blocks]
     kinds = ["Attn" if isinstance(stage.attention, ddpm.Attention) else "" for stage in stages]
     return UNET | dict(
         sample_size=model.image_size, in_channels=model.channels, out_channels=model.channels,

@@ -95,8 +95,8 @@ class Config:
     loss: str = flag("l2", "distance of the prediction from its target", choices="l2 l1 huber")
     min_snr: float = flag(0.0, "gamma of min-SNR weighting; 5 is usual, 0 is off", 0, 1e6)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
-    channels: int = flag(40, "width of the first stage (unet, simple)", 4, 4096)
-    channel_mults: tuple[int, ...] = flag((1, 2, 3, 3), "width of each stage, times --channels (unet)", 1, 64)
+    channels: int = flag(24, "width of the first stage (unet, simple)", 4, 4096)
+    channel_mults: tuple[int, ...] = flag((1, 2, 4, 6), "width of each stage, times --channels (unet)", 1, 64)
     patch: int = flag(2, "side of the squares of pixels that are folded into channels at first (unet)", 1, 16)
     res_blocks: int = flag(1, "residual blocks a stage going down; one more going up (unet)", 1, 16)
     attention: str = flag("full", "kind, in the stages of --attention_at (unet)", choices="full linear none")
@@ -105,7 +105,7 @@ class Config:
     class_cond: bool = flag(True, "learn the classes, where the data has two or more")
     label_dropout: float = flag(0.1, "share of training pictures whose label is hidden, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
-    steps: int | None = flag(3000, "length of training: optimiser steps,", 1, 10**12, group="training")
+    steps: int | None = flag(3600, "length of training: optimiser steps,", 1, 10**12, group="training")
     epochs: float | None = flag(None, "or passes over the pictures,", 1e-6, 1e9)
     minutes: float | None = flag(None, "or minutes by the clock", 1e-3, 1e7)
     batch_size: int = flag(16, "pictures an optimiser step sees, over all processes and slices", 1, 10**6)
@@ -124,7 +124,7 @@ class Config:
     resume: str | None = flag(None, "go on with a run: a step checkpoint, or the latest", group="running")
     init_from: str | None = flag(None, "start a new run from the weights in this checkpoint")
     save_every: int = flag(500, "steps between checkpoints", 1, 10**9)
-    sample_every: int = flag(1000, "steps between pictures in --samples_dir", 1, 10**9)
+    sample_every: int = flag(1200, "steps between pictures in --samples_dir", 1, 10**9)
     log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9)
     keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6)
     logger: str = flag("none", "tracker to tell as well", choices="none tensorboard wandb")
@@ -134,7 +134,7 @@ class Config:
     num_samples: int = flag(25, "pictures to draw", 1, 10**7, group="sampling")
     sample_batch_size: int = flag(64, "pictures drawn at a time", 1, 10**5)
     sampler: str = flag("dpm++", "way back from noise", choices="ddpm ddim dpm++")
-    sampling_steps: int = flag(20, "network evaluations a picture, at most T", 1, 10**5)
+    sampling_steps: int = flag(20, "steps from pure noise to a picture, at most T", 1, 10**5)
     eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1)
     classes: str | None = flag(None, "draw only these, as in lion,tiger (default: all in turn)")
     guidance: float = flag(2.0, "strength of classifier-free guidance; 1 is off", 0, 100)
@@ -159,15 +159,15 @@ FOR_SAMPLING = {*GROUPS["places"], *GROUPS["sampling"], "device", "precision", "
 FOR_RESUMING = {*GROUPS["places"], *GROUPS["sampling"], *GROUPS["running"], *LENGTHS,
                 "device", "compile", "grad_accum", "download_dir"}
 
-FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, patch=1, batch_size=128, num_samples=50)
+FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128, num_samples=50)
 PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False, guidance=1.0,
-             optimizer="adam")
+             optimizer="adam")  # as in the DDPM paper
 LITERAL = dict(PLAIN, beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = dict(LITERAL, data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
 PRESETS = {
     "animals": dict(),
     "fashion_mnist": dict(
-        FASHION, patch=2, channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
+        FASHION, channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
         guidance=1.5, sampler="ddpm", sampling_steps=30),
     "animals_cnn": dict(PLAIN, arch="simple", predict="x0", batch_size=32, epochs=600),
     "cifar10_resnet18": dict(
@@ -284,7 +284,7 @@ def make_betas(kind, T, start=None, end=None):
 # ------------------------------------------------------------------------------------------ diffusion process
 
 class Diffusion:
-    """The forward process q and what follows from it. Timesteps t run over 0..T-1; -1 stands for clean data.
+    """The forward process q, and what follows. Timesteps t: 0..T-1 (the paper's 1..T); -1: clean data.
     abar[t] is the paper's alpha-bar (alphas_cumprod elsewhere), float64 with a last 1, so that abar[-1] = 1.
     predict: what the network says: the noise eps, the clean picture x0 (x_start elsewhere), or v."""
     def __init__(self, betas, predict="eps", loss="l2", min_snr=0.0, device="cpu"):
@@ -322,7 +322,7 @@ class Diffusion:
         return self.weight[t] * self.distance(out, target, reduction="none").mean(dim=(1, 2, 3))
 
     def posterior_std(self, t, u, large=False):
-        """Standard deviation of x_u given x_t and x_0 (Ho et al. 2020, eq. 7), 0 at u = -1. T > t > u >= -1.
+        """Standard deviation of x_u given x_t and x_0 (Ho et al. 2020, eq. 7). T > t > u >= -1.
         large: the paper's other choice, that of the forward process from u to t (section 3.2)."""
         at, au = self.abar[t].item(), self.abar[u].item()
         return math.sqrt(1 - at / au) * (1 if large else math.sqrt((1 - au) / (1 - at)))
@@ -345,12 +345,12 @@ def make_diffusion(config, device="cpu"):
 # is denoise(x, t) -> x0; noise() gives fresh Gaussian noise of x's shape; eta is for ddim alone.
 
 def ddpm(diffusion, denoise, x, ts, noise, eta=1.0):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2): large variance on every step, small on fewer."""
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): the large variance if no timestep is skipped."""
     large = len(ts) == ts[0] + 2  # ts goes down one by one: none is left out
     for t, u in zip(ts, ts[1:]):
         x0 = denoise(x, t)
         x = diffusion.step(x, x0, t, u, eta=1.0)  # the mean
-        if u >= 0:  # the last step adds no noise
+        if u >= 0:  # the last step adds none, whatever that deviation is
             x = x + diffusion.posterior_std(t, u, large) * noise()
         yield t, x, x0
 
@@ -413,7 +413,7 @@ class PictureNoise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 def mix(*numbers):
-    """One 63-bit seed from several integers >= 0, such that different ones give unrelated seeds."""
+    """One 63-bit seed from several integers >= 0; others give an unrelated one, but for zeros at the end."""
     return int(np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -442,14 +442,14 @@ class TimeLabelEmbedding(nn.Module):
         return emb + self.labels(y % self.labels.num_embeddings)  # -1 is the last row
 
 def zero(layer):
-    """The layer with weights and bias 0, so that what it ends begins as the identity."""
+    """The layer with weights and bias 0, so that it adds nothing at first."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, one head, and a shortcut. Full: softmax(q k') v, quadratic in their
-    number. Linear in it: softmax(q) (softmax(k)' v) (Shen et al. 2021, arXiv:1812.01243)."""
+    """One-head self-attention over all pixels, and a shortcut. full: softmax(q k') v, quadratic in them;
+    linear: softmax(q) (softmax(k)' v) (Shen et al. 2021, arXiv:1812.01243)."""
     def __init__(self, channels, groups, kind="full"):
         super().__init__()
         self.kind, self.norm = kind, nn.GroupNorm(groups, channels, eps=1e-6)
@@ -482,7 +482,7 @@ class ResBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(emb))[:, :, None, None]
         return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
-class Stage(nn.Module):
+class ResAttention(nn.Module):
     """A residual block and, where a kind of it is named, attention."""
     def __init__(self, c_in, c_out, embedding, groups, dropout, attention=None):
         super().__init__()
@@ -492,34 +492,34 @@ class Stage(nn.Module):
     def forward(self, x, emb):
         return self.attention(self.res(x, emb))
 
-class Double(nn.Module):
-    """Every pixel to a square of 2x2, then a 3x3 convolution: in one, as a transposed convolution, whose
-    4x4 kernel is the sum of the 3x3 one at four places. 4/9 of the multiply-adds; no large map in between."""
+class Upsample(nn.Module):
+    """Nearest neighbours at twice the size, then a 3x3 convolution: in one, as a transposed convolution, each
+    of whose 4x4 weights sums those of the 3x3 that meet the same pixel. 4/9 of the multiply-adds."""
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        kernel = F.pad(self.conv.weight, (0, 0, 0, 1)) + F.pad(self.conv.weight, (0, 0, 1, 0))
-        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
-        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        rows = F.pad(self.conv.weight, (0, 0, 0, 1)) + F.pad(self.conv.weight, (0, 0, 1, 0))
+        sums = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))  # (C, C, 4, 4)
+        return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 class UNet(nn.Module):
-    """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. Sides divisible by 2^(stages-1).
-    image_channels of the pictures; width of the first stage, times mults for each; res_blocks a stage;
-    attention (full, linear, none) in the stages numbered in attention_stages, full in the middle unless none;
-    classes, 0 for an unconditional model; patch, the side of the squares of pixels folded into channels."""
+    """The network of Ho et al. 2020, appendix B, and of diffusers' UNet2DModel. Sides: n patch 2^(stages-1).
+    width of the first stage, times mults for each; res_blocks a stage; attention (full, linear, none) in the
+    stages numbered in attention_stages, full in the middle unless none; classes, 0 for an unconditional net;
+    patch, the side of the squares of pixels folded into channels."""
     def __init__(self, image_channels=3, width=128, mults=(1, 2, 2, 2), res_blocks=2, attention="full",
                  attention_stages=(1,), dropout=0.0, classes=0, patch=1):
         super().__init__()
         widths, pixel = [width * m for m in mults], image_channels * patch**2
-        # One number of groups for the whole net: the most, up to 32, that leave every group four channels.
+        # One number of groups for the whole net: the most, up to 32, with at least four channels in each.
         groups = max(g for g in (1, 2, 4, 8, 16, 32) if all(w % g == 0 and w >= 4 * g for w in widths))
         block = (4 * width, groups, dropout)  # what every residual block is told
         attention = None if attention == "none" else attention
         kinds = [attention if i in attention_stages else None for i in range(len(mults))]
         self.patch, self.embed = patch, TimeLabelEmbedding(width, 4 * width, classes)
-        self.recompute = False  # keep the inputs of stages only, and compute them again going back
+        self.recompute = False  # keep only the inputs of these blocks, and compute them again going back
         self.conv_in = nn.Conv2d(pixel, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [width]  # channels of the feature maps that the way up will join
@@ -529,17 +529,17 @@ class UNet(nn.Module):
                 self.down.append(nn.Sequential(OrderedDict(pad=pad, conv=conv)))  # named in checkpoints
                 skips.append(skips[-1])
             for _ in range(res_blocks):
-                self.down.append(Stage(skips[-1], w, *block, kinds[i]))
+                self.down.append(ResAttention(skips[-1], w, *block, kinds[i]))
                 skips.append(w)
         c = widths[-1]
-        self.middle = Stage(c, c, *block, attention and "full")
+        self.middle = ResAttention(c, c, *block, attention and "full")
         self.middle2 = ResBlock(c, c, *block)
         for i, w in reversed(list(enumerate(widths))):
             for _ in range(res_blocks + 1):
-                self.up.append(Stage(c + skips.pop(), w, *block, kinds[i]))
+                self.up.append(ResAttention(c + skips.pop(), w, *block, kinds[i]))
                 c = w
             if i:
-                self.up.append(Double(c))
+                self.up.append(Upsample(c))
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = zero(nn.Conv2d(c, pixel, 3, padding=1))
 
@@ -551,11 +551,12 @@ class UNet(nn.Module):
         emb, h = self.embed(t, y), self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for layer in self.down:
-            h = apply(layer, h, emb) if isinstance(layer, Stage) else layer(h)
+            h = apply(layer, h, emb) if isinstance(layer, ResAttention) else layer(h)
             skips.append(h)
         h = self.middle2(apply(self.middle, h, emb), emb)
         for layer in self.up:
-            h = apply(layer, torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, Stage) else layer(h)
+            join = isinstance(layer, ResAttention)
+            h = apply(layer, torch.cat([h, skips.pop()], 1), emb) if join else layer(h)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 class ConvBlock(nn.Module):
@@ -633,8 +634,7 @@ class ResNetUNet(nn.Module):
         return self.conv_out(torch.cat([self.last(self.decoder(maps, emb), emb), x], dim=1))
 
 def build_model(config, image_channels, classes):
-    """The network that a Config describes, for pictures of so many channels (its `channels`, where the
-    Config's are the width) and classes of these names (its `classes`)."""
+    """The network of a Config. model.channels are the pictures' (config.channels is the width)."""
     c = config
     if c.arch == "simple":
         model = SimpleUNet(image_channels, c.channels, len(classes))
@@ -669,7 +669,7 @@ def decode(image, size, channels):
     """A PIL picture upright, over white, its central square resized: (channels, size, size) uint8."""
     image.draft(None, (2 * size, 2 * size))  # a JPEG need not be decoded at full size
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 bits, or floats in [0, 1]
+    if image.mode[0] in "IF":  # 16 bits, or floats up to 1, 255 or 65535
         values = np.asarray(image, dtype=np.float64)
         top = 65535 if image.mode[0] == "I" else next((n for n in (1, 255) if values.max() <= n), 65535)
         image = Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
@@ -852,7 +852,7 @@ class Images:
 
 @torch.no_grad()
 def update_ema(ema, model, updates, decay):
-    """Average the weights: decay min(d, (1 + n) / (10 + n)) after n updates, to forget the first ones soon.
+    """Average the weights: decay min(d, (1 + n) / (10 + n)) after n updates, to forget chance soon.
     Float buffers are averaged too, integer ones copied."""
     d = min(decay, (1 + updates) / (10 + updates)) if decay else 0
     pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
@@ -953,7 +953,7 @@ def choose_device(name):
     """The torch.device for --device: auto is CUDA, else Apple's MPS, else the CPU."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(n for n in there if there[n]) if name == "auto" else name
-    require(there[name], f"--device {name}: PyTorch sees none here. Leave it out, or install a build for it.")
+    require(there[name], f"--device {name}: PyTorch sees none here. Give --device auto, or install another.")
     index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
     require(not index or index < torch.cuda.device_count(), f"Process {index} has no GPU: there are "
             f"{torch.cuda.device_count()}. Give torchrun --nproc_per_node as many, or --device cpu.")
@@ -1001,8 +1001,8 @@ def stop_requests():
 class Clock:
     """How far training is: steps done, seconds spent, and the share of the planned length, 0 to 1."""
     def __init__(self, config, pictures):
-        passes = config.epochs and math.ceil(config.epochs * pictures / config.batch_size)
-        self.steps = passes or config.steps
+        steps = config.epochs and math.ceil(config.epochs * pictures / config.batch_size)
+        self.steps = steps or config.steps
         self.limit = 60 * (config.minutes or 0)
         self.step, self.before, self.started = 0, 0.0, time.monotonic()
         # Seconds to set aside for the last pictures, which --minutes includes: as measured, or until then by
@@ -1017,7 +1017,7 @@ class Clock:
         if self.steps:
             return min(self.step / self.steps, 1)
         ending = self.ending or self.ending_in_steps * self.seconds() / max(self.step, 1)
-        return min(self.seconds() / max(self.limit - ending, 1e-9), 1)
+        return min(self.seconds() / (self.limit - min(ending, self.limit / 2)), 1)  # first steps can be slow
 
 def learning_rate(config, step, share):
     """A linear rise over warmup_steps; then constant, or half a cosine down to 0 at the end of training."""
@@ -1239,7 +1239,7 @@ def make_previews(config, images, diffusion, device, precision, world):
     """preview(ema, asked) -> (t, (clean, noisy, predicted), generated, held-out loss or None); None if it was
     stopped. It takes the same pictures, timesteps and noise each time, so that grids compare."""
     labels = sample_labels(config, images.classes, config.num_samples)
-    generator = torch.Generator().manual_seed(mix(config.seed, 4))
+    generator = torch.Generator().manual_seed(mix(config.seed, 4, 1))
     def fixed(rows):  # x0, t spread over 0..T-1, eps, y
         x0, y = images.take(rows, device)
         t = ((torch.arange(len(rows)) + 0.5) * config.timesteps / max(len(rows), 1)).long()
@@ -1368,7 +1368,8 @@ class RunLog:
     def close(self, stopped):
         self.bar.close()
         if stopped:
-            print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on: --mode train --resume")
+            print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on: --mode train --resume "
+                  f"--model_path {self.config.model_path}")
         print_files(self.files)
 
 def make_tracker(config):
@@ -1599,7 +1600,7 @@ def spread(items, n):
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
 def grid_columns(n, classes):
-    """Columns in a grid of n pictures: about as many as rows, each of one class, or else it is full."""
+    """Columns for n pictures: a multiple of the classes, so that each is of one; else as many as rows."""
     root = math.ceil(math.sqrt(n))
     full = next((columns for columns in range(root, 2 * root) if n % columns == 0), root)
     return max(1, root // len(classes)) * len(classes) if 2 <= len(classes) <= min(n, 12) else full
@@ -1720,7 +1721,8 @@ def plot_loss(rows, path):
         right.plot(x, y, color=COLOURS[q], lw=1.8, label=name)
     for a in (left, right):
         a.set_yscale("log")
-        ticks = LogLocator(subs=(1, 2, 3, 5, 7))
+        low, high = a.get_ylim()
+        ticks = LogLocator(subs=(1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7))  # or they would touch
         a.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
         a.legend(fontsize=8, frameon=False)
     return save_figure(figure, path)
@@ -1806,7 +1808,7 @@ def main(argv=None):
     def work():
         if mode == "sample":
             path = find_model(override(Config(), **given))
-            here = dict(samples_dir=Config.samples_dir) | given  # not where the training run wrote
+            here = dict(samples_dir=Config.samples_dir, device=Config.device) | given  # not the run's
             config = stored_config(read_checkpoint(path), path, here, FOR_SAMPLING)
             sample(override(config, model_path=path))
         elif "resume" in given:

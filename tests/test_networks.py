@@ -48,7 +48,7 @@ def test_unet_equals_diffusers_unet_with_the_same_weights(
 
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_doubling_is_nearest_neighbours_and_a_convolution(side):
-    double = ddpm.Double(6).double()
+    double = ddpm.Upsample(6).double()
     x = torch.randn(2, 6, side, side, dtype=torch.float64)
     torch.testing.assert_close(double(x), double.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
 
