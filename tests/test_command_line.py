@@ -421,6 +421,13 @@ def test_pictures_of_28_pixels_come_back_with_28(main, tmp_path, quick_plots):
     assert Image.open(tmp_path / "each" / "00000.png").mode == "L"
 
 
+def test_a_model_trained_on_another_device_draws_on_this_one(main, trained, tmp_path, quick_plots):
+    checkpoint = torch.load(trained, weights_only=True)
+    checkpoint["config"]["device"] = "cuda"
+    torch.save(checkpoint, tmp_path / "there.pt")
+    assert main("--mode sample --num_samples 1 --sampling_steps 1 --model_path there.pt") == 0
+
+
 def test_the_shipped_model_draws_until_there_is_another(main, tmp_path, capsys, quick_plots):
     assert main("--mode sample --num_samples 2 --sampling_steps 1") == 0
     assert (

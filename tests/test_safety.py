@@ -361,7 +361,7 @@ def test_several_processes_stop_on_the_same_step(train, pictures, tmp_path, way)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     log = (tmp_path / "log").read_text()
-    assert log.count("and saved. To go on: --mode train --resume") == 1, log
+    assert log.count("and saved. To go on: --mode train --resume --model_path") == 1, log
     (last,) = steps(run)
     assert last % 10 == 0 and last >= 20, "the processes agree on every tenth step"
     assert train("--resume --grad_accum 2 --steps", last + 2) == 0 and steps(run)[-1] == last + 2

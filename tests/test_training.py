@@ -420,6 +420,13 @@ def test_minutes_are_a_wall_clock_budget(train, tmp_path):
     assert rows[0]["lr"] > 0.9e-3 and rows[-1]["lr"] < 0.2e-3, "the rate follows the clock"
 
 
+def test_a_slow_first_step_does_not_end_a_run_of_minutes():
+    """What drawing will take is foretold by the steps so far, and the first may hold a compilation."""
+    clock = ddpm.Clock(ddpm.preset("animals", minutes=10), 100)
+    clock.step, clock.started = 1, time.monotonic() - 30
+    assert clock.share() == pytest.approx(30 / 300, abs=0.01), "half of the ten minutes at least is training"
+
+
 @pytest.mark.parametrize(
     "schedule, expected", [("constant", [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]), ("cosine", None)]
 )
