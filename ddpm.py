@@ -161,7 +161,7 @@ FOR_RESUMING = {*GROUPS["places"], *GROUPS["sampling"], *GROUPS["running"], *LEN
 
 FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128, num_samples=50)
 PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False, guidance=1.0,
-             optimizer="adam")  # as in the DDPM paper
+             optimizer="adam", sampler="ddpm", sampling_steps=50)  # as in the DDPM paper, but for the steps
 LITERAL = dict(PLAIN, beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = dict(LITERAL, data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
 PRESETS = {
