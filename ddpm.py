@@ -133,7 +133,7 @@ class Config:
     samples_dir: str = flag("samples", "folder for pictures, plots and metrics.jsonl")
     num_samples: int = flag(25, "pictures to draw", 1, 10**7, group="sampling")
     sample_batch_size: int = flag(64, "pictures drawn at a time", 1, 10**5)
-    sampler: str = flag("dpm++", "way back from noise", choices="ddpm ddim dpm++")
+    sampler: str = flag("ddpm", "way back from noise", choices="ddpm ddim dpm++")
     sampling_steps: int = flag(20, "steps from pure noise to a picture, at most T", 1, 10**5)
     eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1)
     classes: str | None = flag(None, "draw only these, as in lion,tiger (default: all in turn)")
@@ -161,14 +161,14 @@ FOR_RESUMING = {*GROUPS["places"], *GROUPS["sampling"], *GROUPS["running"], *LEN
 
 FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128, num_samples=50)
 PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False, guidance=1.0,
-             optimizer="adam", sampler="ddpm", sampling_steps=50)  # as in the DDPM paper, but for the steps
+             optimizer="adam", sampling_steps=50)  # as in the DDPM paper, but for these
 LITERAL = dict(PLAIN, beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = dict(LITERAL, data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
 PRESETS = {
     "animals": dict(),
     "fashion_mnist": dict(
         FASHION, channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
-        guidance=1.5, sampler="ddpm", sampling_steps=30),
+        guidance=1.5, sampling_steps=30),
     "animals_cnn": dict(PLAIN, arch="simple", predict="x0", batch_size=32, epochs=600),
     "cifar10_resnet18": dict(
         PLAIN, data_path="cifar10", arch="resnet18", timesteps=500, schedule="cosine", optimizer="adamw",

@@ -487,7 +487,7 @@ def test_one_command_says_it_all(run, half_held_out, tmp_path, capsys, script):
         assert figures["pictures"] == 4 and figures["reference"] == 12 and len(figures["by_timestep"]) == 6
         for key, form in (("bits", ".3f"), ("loss", ".4g"), ("fid", ".4g"), ("kid", ".4g")):
             assert f"{figures[key]:{form}}" in out
-    for said in ("9: dpm++, 2 steps, trailing spacing, x0 clipped", "averaged (EMA)", "768 values a picture"):
+    for said in ("9: ddpm, 2 steps, trailing spacing, x0 clipped", "averaged (EMA)", "768 values a picture"):
         assert said in out
     assert f"{found['copying']['share']:.0%} of 9 samples" in out and "12 held-out" in " ".join(out.split())
     assert Image.open(tmp_path / "samples" / "nearest.png").size[0] > 500
@@ -530,7 +530,7 @@ def test_labels_are_those_of_the_model(run, half_held_out, pictures, tmp_path, q
 def test_settings_come_from_the_checkpoint_unless_given(run, half_held_out, tmp_path, quick_plots):
     assert run("--model_path", half_held_out) == 0
     before = result(tmp_path)
-    assert before["config"]["num_samples"] == 3 and before["config"]["sampler"] == "dpm++"
+    assert before["config"]["num_samples"] == 3 and before["config"]["sampler"] == "ddpm"
     more = "--sampler ddim --sampling-steps 5 --guidance 1 --classes disc --no_ema --samples_dir elsewhere"
     assert run("--model_path", half_held_out, more) == 0
     after = json.loads((tmp_path / "elsewhere" / "evaluation.json").read_text())
