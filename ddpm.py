@@ -5,8 +5,8 @@
     python ddpm.py --mode train --data_path MY_PICTURES      # your own, flat or one sub-folder a class
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10
 
-The first took 9 and 14 minutes on two cores of an AMD EPYC (AVX-512 with bf16; torch 2.15; seed 0), on a fast
-and a slow day, and ends with the pictures in docs/animals.png. docs/results.md has all figures and commands.
+The first took 10 min 43 s on two cores of an AMD EPYC (AVX-512 with bf16; torch 2.15; seed 0), on a slow day;
+docs/animals.png is what its model draws. docs/results.md has all figures and commands.
 
 It reads from top to bottom: settings, schedules, diffusion process, samplers, networks, data, EMA and
 checkpoints, training, sampling, pictures, command line. Papers, cited below by name:
