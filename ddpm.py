@@ -161,7 +161,7 @@ FOR_RESUMING = {*GROUPS["places"], *GROUPS["sampling"], *GROUPS["running"], *LEN
 
 FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128, num_samples=50)
 PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False, guidance=1.0,
-             optimizer="adam", sampling_steps=50)  # as in the DDPM paper, but for these
+             optimizer="adam", sampling_steps=50)  # Ho et al. 2020, made small
 LITERAL = dict(PLAIN, beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = dict(LITERAL, data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
 PRESETS = {
@@ -505,10 +505,10 @@ class Upsample(nn.Module):
         return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 class UNet(nn.Module):
-    """The network of Ho et al. 2020, appendix B, and of diffusers' UNet2DModel. Sides: n patch 2^(stages-1).
-    width of the first stage, times mults for each; res_blocks a stage; attention (full, linear, none) in the
-    stages numbered in attention_stages, full in the middle unless none; classes, 0 for an unconditional net;
-    patch, the side of the squares of pixels folded into channels."""
+    """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. width of the first stage, times
+    mults for each; res_blocks a stage; attention (full, linear, none) in the stages numbered in
+    attention_stages, full in the middle unless none; classes, 0 for an unconditional network; patch, the side
+    of the squares of pixels folded into channels. Sides of pictures divisible by patch * 2^(stages-1)."""
     def __init__(self, image_channels=3, width=128, mults=(1, 2, 2, 2), res_blocks=2, attention="full",
                  attention_stages=(1,), dropout=0.0, classes=0, patch=1):
         super().__init__()
@@ -852,7 +852,7 @@ class Images:
 
 @torch.no_grad()
 def update_ema(ema, model, updates, decay):
-    """Average the weights: decay min(d, (1 + n) / (10 + n)) after n updates, to forget chance soon.
+    """Average the weights: decay min(d, (1 + n) / (10 + n)) after n updates, to forget the start soon.
     Float buffers are averaged too, integer ones copied."""
     d = min(decay, (1 + updates) / (10 + updates)) if decay else 0
     pairs = list(zip(ema.state_dict().values(), model.state_dict().values()))
@@ -1017,7 +1017,7 @@ class Clock:
         if self.steps:
             return min(self.step / self.steps, 1)
         ending = self.ending or self.ending_in_steps * self.seconds() / max(self.step, 1)
-        return min(self.seconds() / (self.limit - min(ending, self.limit / 2)), 1)  # first steps can be slow
+        return min(self.seconds() / (self.limit - min(ending, self.limit / 2)), 1)  # half at least trains
 
 def learning_rate(config, step, share):
     """A linear rise over warmup_steps; then constant, or half a cosine down to 0 at the end of training."""
@@ -1600,7 +1600,7 @@ def spread(items, n):
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
 def grid_columns(n, classes):
-    """Columns for n pictures: a multiple of the classes, so that each is of one; else as many as rows."""
+    """Columns for n pictures: a multiple of the classes, so that each is of one; else near square."""
     root = math.ceil(math.sqrt(n))
     full = next((columns for columns in range(root, 2 * root) if n % columns == 0), root)
     return max(1, root // len(classes)) * len(classes) if 2 <= len(classes) <= min(n, 12) else full
