@@ -179,6 +179,7 @@ def ours(channels, config):
     optimizer, count = torch.optim.Adam(model.parameters(), config.lr, fused=True), [0]
     precision = ddpm.choose_precision("auto", torch.device("cpu"))
     ddpm.keep_memory()
+    averages, weights = (list(m.state_dict().values()) for m in (ema, model))
 
     def step(x0, share):
         t, eps = torch.randint(config.timesteps, (len(x0),)), torch.randn_like(x0)
@@ -188,7 +189,7 @@ def ours(channels, config):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ddpm.update_ema(ema, model, count[0], config.ema_decay)
+        ddpm.update_ema(averages, weights, count[0], config.ema_decay)
         count[0] += 1
 
     return model, step, None
