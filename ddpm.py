@@ -5,8 +5,7 @@
     python ddpm.py --mode train --data_path MY_PICTURES      # your own, flat or one sub-folder a class
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10
 
-The first took 10 min 43 s on two cores of an AMD EPYC (AVX-512 with bf16; torch 2.15; seed 0), on a slow day;
-docs/animals.png is what its model draws. docs/results.md has all figures and commands.
+docs/animals.png is what the first one's model draws. docs/results.md has all figures and commands.
 
 It reads from top to bottom: settings, schedules, diffusion process, samplers, networks, data, EMA and
 checkpoints, training, sampling, pictures, command line. Papers, cited below by name:
@@ -1730,9 +1729,10 @@ def plot_loss(rows, path):
     for a in (left, right):
         a.set_yscale("log")
         low, high = a.get_ylim()
+        a.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
         ticks = LogLocator(subs=(1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7))  # or they would touch
         a.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
-        a.legend(fontsize=8, frameon=False)
+        a.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
     return save_figure(figure, path)
 
 def print_files(files):
