@@ -123,7 +123,7 @@ class Config:
     resume: str | None = flag(None, "go on with a run: a step checkpoint, or the latest", group="running")
     init_from: str | None = flag(None, "start a new run from the weights in this checkpoint")
     save_every: int = flag(500, "steps between checkpoints", 1, 10**9)
-    sample_every: int = flag(1200, "steps between pictures in --samples_dir", 1, 10**9)
+    sample_every: int = flag(1800, "steps between pictures in --samples_dir", 1, 10**9)
     log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9)
     keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6)
     logger: str = flag("none", "tracker to tell as well", choices="none tensorboard wandb")
