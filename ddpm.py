@@ -5,9 +5,8 @@
     python ddpm.py --mode train --data_path MY_PICTURES      # your own, flat or one sub-folder a class
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10
 
-docs/animals.png is what the first one's model draws. docs/results.md has all figures and commands.
-
-It reads from top to bottom: settings, schedules, diffusion process, samplers, networks, data, EMA and
+docs/animals.png is what the first one's model draws; docs/results.md has all figures and their commands.
+This file reads from top to bottom: settings, schedules, diffusion process, samplers, networks, data, EMA and
 checkpoints, training, sampling, pictures, command line. Papers, cited below by name:
 
     Ho et al. 2020, Denoising diffusion probabilistic models             arXiv:2006.11239
@@ -976,18 +975,11 @@ def choose_precision(name, device):
     return name if name != "auto" else "bf16" if bf16 else "fp32"
 
 def keep_memory():
-    """Have glibc keep freed memory, not fault it in again at every step: 5 to 30 % faster on a CPU; and in
-    huge pages, of which the processor has to look up fewer: another 4 to 11 %."""
+    """Have glibc keep freed memory, not fault it in again at every step: 5 to 30 % faster on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
-        # Let the heap span half of the free memory, which takes none of it yet, to ask for huge pages there.
-        libc.malloc.restype, size = ctypes.c_void_p, int(min(free_memory(torch.device("cpu")) / 2, 2**40))
-        if block := libc.malloc(ctypes.c_size_t(size)):
-            start = -(-block // 2**21) * 2**21  # the first whole one
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(block + size - start), 14)  # MADV_HUGEPAGE
-            libc.free(ctypes.c_void_p(block))
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 @contextlib.contextmanager
 def stop_requests():

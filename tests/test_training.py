@@ -26,8 +26,6 @@ import ddpm
 LIVELY = """--dropout 0.2 --hflip --label_dropout 0.3 --optimizer adam --grad_accum 2 --ema_decay 0.9
     --lr 3e-3 --lr_schedule cosine --warmup_steps 3 --steps 12 --sample_every 100"""
 
-HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
-
 
 @pytest.fixture
 def train(main, pictures, tmp_path, quick_plots):
@@ -639,36 +637,21 @@ def test_no_step_leaves_its_graph_behind(train, monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to")
-def test_freed_memory_is_kept_and_in_huge_pages(tmp_path):
-    """In a process of its own: a block as large as one freed before faults in nothing, and is in huge pages
-    wherever the system grants them."""
+def test_freed_memory_is_kept():
+    """In a process of its own: a block as large as one freed before faults in nothing."""
     program = """
 import resource, torch, ddpm
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def huge():
-    return sum(int(line.split()[1]) for line in open("/proc/self/smaps") if line.startswith("AnonHugePages"))
 def block():
     torch.ones(64 * 2**18)  # 64 MB
-block(); first = faults(); block(); print(faults() - first, huge() // 1024)
-ddpm.keep_memory(); block(); first = faults(); block(); print(faults() - first, huge() // 1024)
+block(); first = faults(); block(); print(faults() - first)
+ddpm.keep_memory(); block(); first = faults(); block(); print(faults() - first)
 """
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
-    (faults, _), (kept_faults, huge) = [map(int, line.split()) for line in said.stdout.splitlines()]
-    assert kept_faults < 100 < faults or Path(HUGE_PAGES).read_text().startswith("[always]")
-    granted = Path(HUGE_PAGES).exists() and "[never]" not in Path(HUGE_PAGES).read_text()
-    assert huge >= 60 or not granted
-
-
-@pytest.mark.parametrize("limit", (2**33, 2**34))
-def test_a_limit_on_address_space_does_not_stop_a_run(pictures, tmp_path, limit):
-    """`ulimit -v`: the heap that is asked for cannot be had, or leaves little for the rest."""
-    line = [sys.executable, "ddpm.py", "--mode", "train", *words(TINY), "--steps", "1", "--sampling_steps", "2"]
-    limited = f"import os, resource; resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit})); "
-    limited += f"os.execv({line[0]!r}, {[*line, *places(tmp_path, pictures)]!r})"
-    done = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    faults, kept_faults = map(int, said.stdout.split())
+    assert kept_faults < 5 < faults
 
 
 def test_checkpoints_carry_plain_names_and_values(trained):
