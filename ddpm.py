@@ -1,6 +1,6 @@
 """ddpm.py: a denoising diffusion model in one file. It learns from a folder of pictures and draws new ones.
 
-    python ddpm.py --mode train                              # the five animals; 10 to 12 minutes on two CPU cores
+    python ddpm.py --mode train                              # the five animals; 10 to 12 minutes on two cores
     python ddpm.py --mode sample                             # draws with the model just trained
     python ddpm.py --mode train --data_path MY_PICTURES      # your own, flat or one sub-folder a class
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10
