@@ -638,20 +638,24 @@ def test_no_step_leaves_its_graph_behind(train, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to")
 def test_freed_memory_is_kept():
-    """In a process of its own: a block as large as one freed before faults in nothing."""
+    """In a process of its own: most blocks as large as one freed before fault in nothing. Not all: a small
+    object may have settled where the block was, and then a place is found for the next one."""
     program = """
-import resource, torch, ddpm
+import resource, statistics, torch, ddpm
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def block():
+    before = faults()
     torch.ones(64 * 2**18)  # 64 MB
-block(); first = faults(); block(); print(faults() - first)
-ddpm.keep_memory(); block(); first = faults(); block(); print(faults() - first)
+    return faults() - before
+print(statistics.median(block() for _ in range(9)))
+ddpm.keep_memory()
+print(statistics.median(block() for _ in range(9)))
 """
     said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     faults, kept_faults = map(int, said.stdout.split())
-    assert kept_faults < 5 < faults
+    assert kept_faults == 0 and faults >= 32  # 2 MB at a time, or 4 kB
 
 
 def test_checkpoints_carry_plain_names_and_values(trained):
