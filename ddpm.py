@@ -614,22 +614,22 @@ class ResNetUNet(nn.Module):
             kernel = net.conv1.weight.data.mean(1, keepdim=True) * 3 / image_channels
             net.conv1 = nn.Conv2d(image_channels, 64, 7, stride=2, padding=3, bias=False)
             net.conv1.weight.data = kernel.repeat(1, image_channels, 1, 1)
-        widths = [64, 64, 128, 256, 512]  # at 1/2, 1/4, 1/8, 1/16 and 1/32 of the side
+        widths = [32, 64, 64, 128, 256, 512]  # at the whole side, 1/2, 1/4, 1/8, 1/16 and 1/32 of it
         stem, pooled = nn.Sequential(net.conv1, net.bn1, net.relu), nn.Sequential(net.maxpool, net.layer1)
         self.embed = TimeLabelEmbedding(128, 256, classes)
+        self.conv_in = nn.Conv2d(image_channels, 32, 3, padding=1)
         self.encoder = nn.ModuleList([stem, pooled, net.layer2, net.layer3, net.layer4])
-        self.time = nn.ModuleList(nn.Linear(256, c) for c in widths)
-        self.attention = nn.ModuleList(Attention(c, 32) for c in widths)
+        self.time = nn.ModuleList(nn.Linear(256, c) for c in widths[1:])
+        self.attention = nn.ModuleList(Attention(c, 32) for c in widths[1:])
         self.decoder = Decoder(widths, 256)
-        self.last = ConvBlock(nn.ConvTranspose2d(64, 64, 4, 2, 1), 256)
-        self.conv_out = nn.Conv2d(64 + image_channels, image_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(32, image_channels, 3, padding=1)
 
     def forward(self, x, t, y=None):
-        emb, h, maps = self.embed(t, y), x, []
+        emb, h, maps = self.embed(t, y), x, [self.conv_in(x)]
         for encode, time_of, attend in zip(self.encoder, self.time, self.attention):
             h = attend(encode(h) + time_of(F.silu(emb))[:, :, None, None])
             maps.append(h)
-        return self.conv_out(torch.cat([self.last(self.decoder(maps, emb), emb), x], dim=1))
+        return self.conv_out(self.decoder(maps, emb))
 
 def build_model(config, image_channels, classes):
     """The network of a Config. model.channels are the pictures' (config.channels is the width)."""
