@@ -57,10 +57,9 @@ def describe(path, changed):
 def open_model(path, changed):
     """The model in a file, shared until the file changes: (model, diffusion, config, precision)."""
     ddpm.keep_memory()
-    config = ddpm.stored_config(ddpm.read_checkpoint(path), path)
-    device = ddpm.choose_device("auto")  # not where it was trained
-    foreign = config.precision == "fp16" and device.type != "cuda"
-    precision = ddpm.choose_precision("auto" if foreign else config.precision, device)
+    config = ddpm.drawing_config(ddpm.read_checkpoint(path), path, {})
+    device = ddpm.choose_device(config.device)
+    precision = ddpm.choose_precision(config.precision, device)
     return *ddpm.load_model(path, device, config.ema), precision
 
 def choose_model():

@@ -23,6 +23,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import glob
 import hashlib
@@ -209,7 +210,7 @@ def check(config):
         value, low, high, choices = getattr(c, name), *(f.metadata[k] for k in ("low", "high", "choices"))
         if choices:
             require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}.")
-        kinds = {*typing.get_args(f.type), f.type}  # of float | None: float, None and the two
+        kinds = {*typing.get_args(f.type), f.type}  # float | None -> float, NoneType, float | None
         kinds |= {int} if float in kinds else set()
         values = [value]
         if typing.get_origin(f.type) is tuple:  # in the place of a tuple, anything else is as bad as None
@@ -233,7 +234,7 @@ def check(config):
     require(c.init_image or not (c.mask or c.strength), "--mask and --strength need --init_image FILE.")
     require(c.interpolate is None or not c.init_image, "--interpolate and --init_image: give one.")
     require(c.interpolate != c.seed, f"--interpolate {c.seed} is --seed as well: give two different ones.")
-    side, unet = network_size(c), c.patch * 2 ** (len(c.channel_mults) - 1)
+    side, unet = network_size(c.image_size), c.patch * 2 ** (len(c.channel_mults) - 1)
     stride = {"unet": unet, "simple": 16, "resnet18": 32}[c.arch]
     fits = " or ".join(str(n * stride) for n in (side // stride, side // stride + 1) if n)
     require(side % stride == 0, f"--image_size {side} must be divisible by {stride}: use {fits}.")
@@ -244,13 +245,13 @@ def check(config):
         require(c.attention == "none" or {*c.attention_at} <= {*sides}, f"--attention_at {at}: the stages "
                 f"have sides {' '.join(map(str, sides))}; choose among them, or --attention none.")
 
-def network_size(config):
+def network_size(image_size):
     """Side of the pictures inside the network: 28 pixels are padded to 32, and cropped back when saved."""
-    return 32 if config.image_size == 28 else config.image_size
+    return 32 if image_size == 28 else image_size
 
 def stage_sides(config):
     """Sides of the feature maps in the stages of a UNet."""
-    return [network_size(config) // config.patch >> i for i in range(len(config.channel_mults))]
+    return [network_size(config.image_size) // config.patch >> i for i in range(len(config.channel_mults))]
 
 # -------------------------------------------------------------------------------------------------- schedules
 
@@ -291,7 +292,7 @@ class Diffusion:
         abar = torch.cumprod(1 - betas.double().cpu(), 0)
         self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])
         snr, weight = abar / (1 - abar), torch.ones_like(abar)
-        if min_snr:  # Hang et al. 2023, section 3.4: min(snr, gamma) on x0, carried over to the other targets
+        if min_snr:  # Hang et al. 2023, section 3.4: min(snr, gamma) / (error / error of x0)
             weight = snr.clamp(max=min_snr) / {"x0": 1, "eps": snr, "v": snr + 1}[predict]
         # What training looks up by a tensor of t: (T,) float32 each, on the device.
         self.a, self.s, self.weight = (v.float().to(device) for v in (abar.sqrt(), (1 - abar).sqrt(), weight))
@@ -317,6 +318,7 @@ class Diffusion:
         a, s = self.scales(t)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.predict]
         out = model(self.q_sample(x0, t, eps), t, y).float()
+        require(out.shape == x0.shape, f"The network gives {tuple(out.shape)} for {tuple(x0.shape)}.")
         return self.weight[t] * self.distance(out, target, reduction="none").mean(dim=(1, 2, 3))
 
     def posterior_std(self, t, u, large=False):
@@ -342,7 +344,7 @@ def make_diffusion(config, device="cpu"):
 # (t, x, x0): the level it left, x at the next one, the clean picture predicted at t. All it knows of a model
 # is denoise(x, t) -> x0; noise() gives fresh Gaussian noise of x's shape; eta is for ddim alone.
 
-def ddpm(diffusion, denoise, x, ts, noise, eta=1.0):
+def ddpm(diffusion, denoise, x, ts, noise, eta=0.0):
     """Ancestral sampling (Ho et al. 2020, algorithm 2): the large variance if no timestep is skipped."""
     large = len(ts) == ts[0] + 2  # ts goes down one by one: none is left out
     for t, u in zip(ts, ts[1:]):
@@ -411,7 +413,8 @@ class PictureNoise:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
 
 def mix(*numbers):
-    """One 63-bit seed from several integers >= 0; others give an unrelated one, but for zeros at the end."""
+    """One 63-bit seed from several integers >= 0; others below 2^32 give an unrelated one, but for zeros at
+    the end. The second says what for: 0 which pictures, 1 held out, 2 order, 3 training, 4 previews."""
     return int(np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 # --------------------------------------------------------------------------------------------------- networks
@@ -498,6 +501,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
+        # = self.conv(F.interpolate(x, scale_factor=2))
         rows = F.pad(self.conv.weight, (0, 0, 0, 1)) + F.pad(self.conv.weight, (0, 0, 1, 0))
         sums = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))  # (C, C, 4, 4)
         return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
@@ -517,7 +521,7 @@ class UNet(nn.Module):
         attention = None if attention == "none" else attention
         kinds = [attention if i in attention_stages else None for i in range(len(mults))]
         self.patch, self.embed = patch, TimeLabelEmbedding(width, 4 * width, classes)
-        self.recompute = False  # keep only the inputs of these blocks, and compute them again going back
+        self.recompute = False  # activation checkpointing: only inputs of blocks are kept
         self.conv_in = nn.Conv2d(pixel, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [width]  # channels of the feature maps that the way up will join
@@ -610,10 +614,8 @@ class ResNetUNet(nn.Module):
         except OSError as e:
             raise UserError(f"The ImageNet weights could not be downloaded ({e}). Put {weights.url} into "
                             f"{torch.hub.get_dir()}/checkpoints, or leave out --pretrained.") from None
-        if image_channels != 3:  # average the kernels over colours, keeping the size of the sum
-            kernel = net.conv1.weight.data.mean(1, keepdim=True) * 3 / image_channels
-            net.conv1 = nn.Conv2d(image_channels, 64, 7, stride=2, padding=3, bias=False)
-            net.conv1.weight.data = kernel.repeat(1, image_channels, 1, 1)
+        if image_channels == 1:  # grey stands for three equal colours
+            net.conv1.weight = nn.Parameter(net.conv1.weight.data.sum(1, keepdim=True))
         widths = [32, 64, 64, 128, 256, 512]  # at the whole side, 1/2, 1/4, 1/8, 1/16 and 1/32 of it
         stem, pooled = nn.Sequential(net.conv1, net.bn1, net.relu), nn.Sequential(net.maxpool, net.layer1)
         self.embed = TimeLabelEmbedding(128, 256, classes)
@@ -643,7 +645,8 @@ def build_model(config, image_channels, classes):
         stages = [i for i, side in enumerate(stage_sides(c)) if side in at]
         model = UNet(image_channels, c.channels, c.channel_mults, c.res_blocks, c.attention, stages,
                      c.dropout, len(classes), c.patch)
-    model.image_size, model.channels, model.classes = network_size(c), image_channels, list(classes)
+    model.image_size, model.channels = network_size(c.image_size), image_channels
+    model.classes = list(classes)
     return model
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -663,6 +666,10 @@ def to_pixels(x):
     """float in [-1, 1], clipped to it -> uint8 pixels 0..255: the inverse of `to_network`."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
+def send(x, device):
+    """The tensor on the device, not waiting for CUDA's earlier work (MPS could spoil it: pytorch#189690)."""
+    return x.to(device, non_blocking=torch.device(device).type == "cuda")
+
 def decode(image, size, channels):
     """A PIL picture upright, over white, its central square resized: (channels, size, size) uint8."""
     image.draft(None, (2 * size, 2 * size))  # a JPEG need not be decoded at full size
@@ -676,7 +683,8 @@ def decode(image, size, channels):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.BICUBIC)
     pixels = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
-    return np.pad(pixels, ((0, 0), (2, 2), (2, 2)), mode="edge") if size == 28 else pixels
+    border = ((network_size(size) - size) // 2,) * 2
+    return np.pad(pixels, ((0, 0), border, border), mode="edge")
 
 def open_picture(path):
     Image.MAX_IMAGE_PIXELS = 2**28  # twice this and more is refused as a decompression bomb
@@ -710,7 +718,8 @@ def folder_source(root):
     require(files, f"No pictures in {root}: saw {saw}; accepted {' '.join(SUFFIXES)}.")
     parts, stats = [f.relative_to(root).parts for f in files], [f.is_file() and f.stat() for f in files]
     classes = sorted({p[0] for p in parts if len(p) > 1})
-    labels = np.array([classes.index(p[0]) if len(p) > 1 else -1 for p in parts])
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number[p[0]] if len(p) > 1 else -1 for p in parts])
     names = ["/".join(p) for p in parts]
     key = [str(root.resolve()), *zip(names, [s and (s.st_size, s.st_mtime_ns) for s in stats])]
     def opened(i):
@@ -773,7 +782,7 @@ def decode_all(source, chosen, size, cache):
             yield from tqdm(pool.map(attempt, chosen), what, len(chosen), leave=False, delay=2)
 
     coloured = [*every(lambda image: image.mode[0] not in "1LIF", "looking")]
-    channels, side, bad = 3 if True in coloured else 1, 32 if size == 28 else size, {}
+    channels, side, bad = 3 if True in coloured else 1, network_size(size), {}
     shape, partial = (len(chosen), channels, side, side), cache.with_suffix(f".{os.getpid()}.tmp")
     large = math.prod(shape) > IN_MEMORY
     try:
@@ -833,7 +842,8 @@ class Images:
     def take(self, rows, device):
         """Pictures x0 (n, C, H, W) in [-1, 1] and labels (n,) of some rows, on the device."""
         rows = torch.from_numpy(rows)
-        return to_network(self.pixels[rows.to(self.pixels.device)].to(device)), self.labels[rows].to(device)
+        pixels = self.pixels[send(rows, self.pixels.device)]
+        return to_network(send(pixels, device)), send(self.labels[rows], device)
 
     def batch(self, step, batch_size, slice=0, slices=1, device="cpu"):
         """x0 and labels of one slice of a step's batch: a pure function of the arguments, the seed and, for
@@ -843,15 +853,15 @@ class Images:
         rows = np.concatenate([self.order(e)[places[passes == e]] for e in np.unique(passes)])
         x0, y = self.take(rows, device)
         if self.hflip:
-            x0 = torch.where((torch.rand(n) < 0.5).to(device)[:, None, None, None], x0.flip(3), x0)
+            x0 = torch.where(send(torch.rand(n) < 0.5, device)[:, None, None, None], x0.flip(3), x0)
         return x0, y
 
 # ---------------------------------------------------------------------------------------- EMA and checkpoints
 
 @torch.no_grad()
 def update_ema(averages, weights, updates, decay):
-    """Average the weights: decay min(d, (1 + n) / (10 + n)) after n updates, to forget the start soon. Both
-    are lists of tensors, of the same order; float buffers are averaged too, integer ones copied."""
+    """Average the weights: decay min(d, (1 + n) / (10 + n)) after n updates, little at first, to forget the
+    start. Both are lists of tensors, of the same order; float buffers are averaged, integer ones copied."""
     d = min(decay, (1 + updates) / (10 + updates)) if decay else 0
     pairs = list(zip(averages, weights))
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
@@ -928,6 +938,13 @@ def stored_config(checkpoint, path, given=None, allowed=()):
                 f"--{name} {value} contradicts {path}, where it is {was}: leave it out or train anew.")
     return override(config, **{name: value for name, value in given.items() if name in allowed})
 
+def drawing_config(checkpoint, path, given, allowed=FOR_SAMPLING):
+    """The Config to draw with: the checkpoint's, but where its run wrote and computed, and what is given."""
+    own = dict(samples_dir=Config.samples_dir, device=Config.device)
+    if checkpoint["config"].get("precision") == "fp16":  # which not every machine has
+        own["precision"] = Config.precision
+    return stored_config(checkpoint, path, own | given, allowed)
+
 def load_weights(model, state, path):
     """Load weights strictly, whatever wrapper they were saved from."""
     try:
@@ -963,7 +980,8 @@ def join_processes(device):
     """This process's number among those that torchrun started, which can talk from now on, and how many."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=2)  # while one decodes the pictures
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return rank, world
 
 def choose_precision(name, device):
@@ -998,15 +1016,14 @@ def stop_requests():
 
 class Clock:
     """How far training is: steps done, seconds spent, and the share of the planned length, 0 to 1."""
-    def __init__(self, config, pictures):
-        steps = config.epochs and math.ceil(config.epochs * pictures / config.batch_size)
-        self.steps = steps or config.steps
-        self.limit = 60 * (config.minutes or 0)
+    def __init__(self, c, pictures):
+        self.steps = math.ceil(c.epochs * pictures / c.batch_size) if c.epochs else c.steps
+        self.limit = 60 * (c.minutes or 0)
         self.step, self.before, self.started = 0, 0.0, time.monotonic()
-        # Seconds to set aside for the last pictures, which --minutes includes: as measured, or until then by
-        # the evaluations that they take, each worth half of what it costs to train on a picture.
-        self.ending, evaluations = None, config.num_samples * config.sampling_steps
-        self.ending_in_steps = evaluations * (1 if config.guidance == 1 else 2) / config.batch_size / 2
+        # --minutes includes the last pictures. Until some have been drawn and timed (self.ending), what they
+        # cost is guessed in training steps: to evaluate the network once is half of training on a picture.
+        self.ending, evaluations = None, c.num_samples * c.sampling_steps
+        self.ending_in_steps = evaluations * (1 if c.guidance == 1 else 2) / c.batch_size / 2
 
     def seconds(self):
         return self.before + time.monotonic() - self.started
@@ -1075,7 +1092,7 @@ def train(config):
     slices = world * config.grad_accum
     require(config.batch_size % slices == 0, f"--batch_size {config.batch_size} does not split into {slices} "
             f"({world} processes, --grad_accum {config.grad_accum}): use a multiple of {slices}.")
-    deepest = network_size(config) // {"simple": 16, "resnet18": 32}.get(config.arch, 1)
+    deepest = network_size(config.image_size) // {"simple": 16, "resnet18": 32}.get(config.arch, 1)
     require(deepest > 1 or config.batch_size > slices, f"--batch_size {config.batch_size} leaves --arch "
             f"{config.arch} one pixel to normalise by: use {2 * slices} or more, or a larger --image_size.")
 
@@ -1087,7 +1104,11 @@ def train(config):
                 f"{path} is a model to sample from, not all that a run needs to go on: give --resume one of "
                 f"{step_files(config.model_path)[0]}, or start a new run with --init_from {path}.")
         config = stored_config(resumed, path, dataclasses.asdict(config), FOR_RESUMING)
-    images = load_images(config, device)
+    for first in (True, False):  # one process a machine downloads and decodes; the others find it done
+        if first == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+            images = load_images(config, device)
+        if world > 1:
+            dist.barrier()
     keep_memory()  # not before: large pictures being decoded take much that is not needed again
     if not images.classes:
         config = override(config, guidance=1.0)  # there is nothing to guide by
@@ -1113,6 +1134,7 @@ def train(config):
             raise UserError(f"{path} has no state of this optimiser ({shown(e)}): use another.") from None
         clock.step, clock.before = resumed["step"], resumed["seconds"]
         origin = f"resuming  {path} at step {clock.step}"
+        del resumed  # or it would take memory to the end
     madds, kept = measure(model, device, precision)  # of one more picture
     # A step takes half as much again as it keeps for going back; a weight with its gradient, average and
     # optimiser's moments is five floats.
@@ -1132,12 +1154,12 @@ def train(config):
     machine = f"{describe(device)}, {precision}, processes {world}, torch {torch.__version__}"
     banner(config, images, model, clock, cost, machine, space, origin)
     if config.dry_run:
-        return dry_run(net, diffusion, images, config, device, precision, slices)
+        return dry_run(net, diffusion, images, config, device, precision, slices, optimizer)
     preview = make_previews(config, images, diffusion, device, precision, world)
     log = RunLog(config, images, clock, device) if rank == 0 else None  # one process tells and writes
 
     def require_finite(good, what, step):
-        last = (step_files(config.model_path)[1] or ["none yet"])[-1]
+        last = good or (step_files(config.model_path)[1] or ["none yet"])[-1]
         require(good, f"Non-finite {what} at step {step} (lr {lr:.2g}, {precision}). Last good checkpoint: "
                 f"{last}. Try --precision fp32 or a lower --lr.")
 
@@ -1160,12 +1182,12 @@ def train(config):
     sums = torch.zeros(2, 4, device=device)
     streak, bad_step = torch.zeros((), dtype=torch.int64, device=device), torch.full((), -1, device=device)
     patience = 50 if scaler.is_enabled() else 1  # a scaler finds its scale by overflowing
-    averages, weights = (list(m.state_dict().values()) for m in (ema, model))  # to gather them takes time
     begun = drawn = clock.step  # where this process began, and last drew
     lr, grad_norm = 0.0, None  # of the step before
+    averages, weights = (list(m.state_dict().values()) for m in (ema, model))  # to gather them takes time
     clock.started = time.monotonic()  # --minutes counts from here
 
-    with stop_requests() as asked, log.bar if log else contextlib.nullcontext():  # errors begin a new line
+    with stop_requests() as asked, log.bar if log else contextlib.nullcontext():  # closes the bar
         while True:
             # ---- rare things: stop, print, save, draw
             stopping = asked[0] if asked else 0  # the number of the signal
@@ -1253,7 +1275,7 @@ def make_previews(config, images, diffusion, device, precision, world):
             pred = diffusion.predict_x0(ema(xt, t, y).float(), xt, t)
             parts = zip(*(v.split(64) for v in held_out)) if len(images.held_out) else ()
             losses = [diffusion.loss(ema, *part) for part in parts]
-        drawn = draw_together(ema, diffusion, config, labels, precision, lambda *_: asked and world == 1)
+        drawn = draw(ema, diffusion, config, labels, precision, lambda *_: asked and world == 1)
         held = torch.cat(losses).mean().item() if losses else None
         return None if drawn is None else (t.tolist(), (x0, xt, pred), drawn, held)
     return preview
@@ -1261,7 +1283,8 @@ def make_previews(config, images, diffusion, device, precision, world):
 def banner(config, images, model, clock, cost, machine, space, origin):
     """Say what the run will do, and what to expect of it, before it begins."""
     c, n, abar = config, len(images.train), make_diffusion(config).abar[-2].item()
-    counts = [(images.labels[images.train] == k).sum().item() for k in range(len(images.class_names))]
+    counts = torch.bincount(images.labels[images.train] + 1, minlength=len(images.class_names) + 1)
+    counts = counts[1:].tolist()  # without those of no class
     classes = [f"{shown(name)} {k}" for name, k in zip(images.class_names, counts)]
     if len(classes) > 12:
         classes[12:] = [f"{len(classes) - 12} more"]
@@ -1286,9 +1309,7 @@ def banner(config, images, model, clock, cost, machine, space, origin):
         (n < c.batch_size, f"warning: {n} pictures for a batch of {c.batch_size}: they repeat in it"),
         (n < 1000, f"note: {n} pictures will be learned by heart; from about 1,000 on a model invents"),
         (origin, origin)]  # where the weights come from, if not from chance
-    for holds, note in notes:
-        if holds:
-            print(note)
+    print("".join(f"{note}\n" for holds, note in notes if holds), end="")
 
 class RunLog:
     """What a run tells and writes: progress bar, metrics.jsonl, pictures, and the list of its files."""
@@ -1317,7 +1338,8 @@ class RunLog:
                    plot_schedules(config, self.folder / "schedules.png"),
                    plot_forward_process(x0[:1], config, self.folder / "forward_process.png"))
         total, unit = (clock.steps, "step") if clock.steps else (round(clock.limit), "s")
-        self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True, smoothing=0.05)
+        often = 0.1 if sys.stderr.isatty() else 10  # seconds; in a file every turn of the bar stays
+        self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True, smoothing=0.05, mininterval=often)
         self.tick()
 
     def wrote(self, *paths):
@@ -1346,8 +1368,7 @@ class RunLog:
 
     def pictures(self, t, fixed, generated, held_out):
         c, passes = self.config, self.clock.step * self.config.batch_size / self.total
-        # Whole epochs name the files, or hundredths of them where there are pictures more than once an epoch.
-        epoch = int(passes) if c.sample_every * c.batch_size >= self.total else f"{passes:.2f}"
+        epoch = f"{passes:.2f}".rstrip("0").rstrip(".")  # 288, or 0.64
         columns = grid_columns(len(generated), self.classes)
         rows = dict(zip(("clean", "noisy", "pred"), (to_pixels(x).cpu() for x in fixed)))
         def path(name):
@@ -1355,7 +1376,7 @@ class RunLog:
 
         for name, pixels in rows.items():
             self.wrote(save_grid(pixels, path(name), c, len(pixels)))
-        both = dict(compared=plot_rows(rows, [f"t = {n}" for n in t], path("compared"), c),
+        both = dict(compared=plot_rows(rows, rows.values(), [f"t = {n}" for n in t], path("compared"), c),
                     generated=save_grid(generated, path("generated"), c, columns))
         self.wrote(*both.values())
         self.track(self.clock.step, {}, both)
@@ -1369,6 +1390,7 @@ class RunLog:
         if stopped:
             print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on: --mode train --resume "
                   f"--model_path {self.config.model_path}")
+        print(f"memory    at most {peak_memory(self.device)} MB were in use")
         print_files(self.files)
 
 def make_tracker(config):
@@ -1436,15 +1458,16 @@ def free_memory(device):
         return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
     return math.inf
 
-def dry_run(net, diffusion, images, config, device, precision, slices):
-    """One slice of a batch forward and backward: what goes in and comes out, and the memory it takes."""
+def dry_run(net, diffusion, images, config, device, precision, slices, optimizer):
+    """A step on one slice of a batch: what goes in and, in the same shape, comes out; the memory it takes."""
     x0, y = images.batch(0, config.batch_size, 0, slices, device)
     t = torch.randint(config.timesteps, (len(x0),), device=device)
     with autocast(device, precision):
         loss = diffusion.loss(net, x0, t, torch.randn_like(x0), y).mean()
     loss.backward()
-    print(f"dry run   pictures {tuple(x0.shape)} from {x0.min().item():.2f} to {x0.max().item():.2f}; loss "
-          f"{loss.item():.3f}; peak memory {peak_memory(device)} MB. No model was written")
+    optimizer.step()
+    print(f"dry run   in and out {tuple(x0.shape)}, from {x0.min().item():.2f} to {x0.max().item():.2f}; "
+          f"loss {loss.item():.3f}; peak memory {peak_memory(device)} MB. No model was written")
 
 # --------------------------------------------------------------------------------------------------- sampling
 
@@ -1458,8 +1481,8 @@ def sample_labels(config, classes, n):
 
 def reverse_timesteps(config):
     """The timesteps that drawing goes down through: from pure noise, or --strength of the way there."""
-    share = config.strength or 1
-    return spaced_timesteps(*(max(1, round(share * n)) for n in (config.timesteps, config.sampling_steps)))
+    T, n = (max(1, round((config.strength or 1) * k)) for k in (config.timesteps, config.sampling_steps))
+    return spaced_timesteps(T, n)
 
 def generate(model, diffusion, config, indices, labels, precision="fp32", picture=None, mask=None):
     """Draw the pictures number `indices` with these labels (-1: none); yields (t, x, x0) after each step, x
@@ -1495,29 +1518,23 @@ def between(first, second, share):
         return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
     return noise
 
-def draw(model, diffusion, config, indices, labels, precision, watch, **edit):
-    """The pictures number `indices`, each with labels[i], a batch at a time: uint8 (n, C, H, W) on the CPU.
-    watch(start, t, x) sees each step of the batch that begins at indices[start]; None if it returns true.
-    edit: picture and mask of `generate`."""
-    parts = [torch.empty(0, model.channels, model.image_size, model.image_size, dtype=torch.uint8)]
-    for start in range(0, len(indices), config.sample_batch_size):
-        some = indices[start : start + config.sample_batch_size]
-        own = [labels[i] for i in some]
-        for t, x, _ in generate(model, diffusion, config, some, own, precision, **edit):
-            if watch(start, t, x):
-                return None
-        parts.append(to_pixels(x).cpu())
-    return torch.cat(parts)
-
-def draw_together(model, diffusion, config, labels, precision, watch, **edit):
-    """`draw` for all indices, shared out among torchrun's processes: in the end each has all the pictures."""
+def draw(model, diffusion, config, labels, precision, watch=lambda *_: None, **edit):
+    """A picture for each label, some at a time, shared out among torchrun's processes: uint8 (N, C, H, W) on
+    the CPU of each. watch(start, t, x) sees each step of the pictures from number start on; None if it says
+    stop by a true value, which it must not with several processes. edit: picture and mask of `generate`."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(*(math.ceil(len(labels) * r / world) for r in (rank, rank + 1)))
-    drawn = draw(model, diffusion, config, mine, labels, precision, watch, **edit)
-    if world == 1:
-        return drawn
-    shares = [None] * world
-    dist.all_gather_object(shares, drawn)
+    parts = [torch.empty(0, model.channels, model.image_size, model.image_size, dtype=torch.uint8)]
+    for start in range(0, len(mine), config.sample_batch_size):
+        some = mine[start : start + config.sample_batch_size]
+        own = [labels[i] for i in some]
+        for t, x, _ in generate(model, diffusion, config, some, own, precision, **edit):
+            if watch(some[0], t, x):
+                return None
+        parts.append(to_pixels(x).cpu())
+    shares = [torch.cat(parts)] * world
+    if world > 1:
+        dist.all_gather_object(shares, shares[rank])
     return torch.cat(shares)
 
 def find_model(config):
@@ -1531,13 +1548,15 @@ def find_model(config):
 def sample(config):
     """Draw pictures with the model at config.model_path and write them. Returns them: uint8 (N, C, H, W)."""
     path, given = find_model(config), {name: getattr(config, name) for name in FOR_SAMPLING}
-    c = stored_config(read_checkpoint(path), path, given, FOR_SAMPLING)
+    device = choose_device(config.device)
+    model, diffusion, stored = load_model(path, device, config.ema)
+    c = override(stored, **given)
+    if not model.classes and c.guidance == Config.guidance:  # not asked for, nothing to guide by
+        c = override(c, guidance=1.0)
     check(c)
     keep_memory()
-    device = choose_device(c.device)
     rank, world = join_processes(torch.device("cpu"))  # where the pictures meet
     precision = choose_precision(c.precision, device)
-    model, diffusion, _ = load_model(path, device, c.ema)
     labels = sample_labels(c, model.classes, c.num_samples)
     labels = labels if c.interpolate is None else labels[:1] * len(labels)
     edit = dict(picture=load_picture(c.init_image, c.image_size, model.channels)) if c.init_image else {}
@@ -1548,9 +1567,10 @@ def sample(config):
     for place in filter(None, (c.samples_dir, c.individual)):  # if that cannot be, say so before drawing
         Path(place).mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    steps = len(reverse_timesteps(c)) - 1
     of = f"{'averaged (EMA)' if c.ema else 'plain'} weights of {shown(c.data_path)}"
     print(f"model     {path} ({digest}), {of}\n"
-          f"drawing   {c.num_samples} pictures, {c.sampler}, {c.sampling_steps} steps, seed {c.seed}, "
+          f"drawing   {c.num_samples} pictures, {c.sampler}, {steps} steps, seed {c.seed}, "
           f"guidance {c.guidance:g}, on {describe(device)} in {precision}")
     way = []  # (t, x) of the first few pictures
     def watch(start, t, x):
@@ -1558,19 +1578,19 @@ def sample(config):
         if start == 0:
             way.append((t, to_pixels(x[:8]).cpu()))
 
-    batches, steps = math.ceil(c.num_samples / world / c.sample_batch_size), len(reverse_timesteps(c)) - 1
+    batches = math.ceil(c.num_samples / world / c.sample_batch_size)
     with tqdm(total=batches * steps, unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
-        pixels = draw_together(model, diffusion, c, labels, precision, watch, **edit)
+        pixels = draw(model, diffusion, c, labels, precision, watch, **edit)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         return crop(pixels, c)
     folder, names = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
-    text = dict(seed=c.seed, sampler=c.sampler, steps=c.sampling_steps, eta=c.eta, guidance=c.guidance,
+    text = dict(seed=c.seed, sampler=c.sampler, steps=steps, eta=c.eta, guidance=c.guidance,
                 classes=c.classes or "all", model=digest, version=torch.__version__)
-    edited = {name: given[name] for name in EDITING if given[name] is not None}
-    text |= {name: Path(str(value)).name for name, value in edited.items()}
-    files = [plot_chain(way, folder / "denoising_steps.png", c, text)]
+    text |= {name: Path(str(getattr(c, name))).name for name in EDITING if getattr(c, name) is not None}
+    drawn = [model.classes[i] if i >= 0 else "" for i in labels]
+    files = [plot_chain(way, drawn, folder / "denoising_steps.png", c, text)]
     if c.interpolate is None:
         some = pixels[:2500]  # who would look at more
         columns = grid_columns(len(some), names)
@@ -1591,7 +1611,7 @@ def sample(config):
 
 def crop(pixels, config):
     """Pictures (..., H, W) without the border that those of 28 pixels are padded with."""
-    border = (network_size(config) - config.image_size) // 2
+    border = (network_size(config.image_size) - config.image_size) // 2
     return pixels[..., border : border + config.image_size, border : border + config.image_size]
 
 def spread(items, n):
@@ -1653,12 +1673,12 @@ def plot_pair(titles, xlabel):
         a.grid(alpha=0.25)
     return figure, axes
 
-def plot_rows(rows, titles, path, config, text=None):
-    """Rows of pictures by name, each (columns, C, H, W) uint8, with a title a column. Returns the path."""
+def plot_rows(names, rows, titles, path, config, text=None):
+    """Rows of pictures, each (columns, C, H, W) uint8, with a title a column. Returns the path."""
     figure = new_figure(0.95 * len(titles), 0.95 * len(rows) + 0.3)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for line, (name, row) in zip(axes, rows.items()):
+    for line, name, row in zip(axes, names, rows):
         for a, picture in zip(line, to_images(crop(row, config))):
             a.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             a.set(xticks=[], yticks=[])
@@ -1688,19 +1708,21 @@ def plot_forward_process(x0, config, path):
     T = config.timesteps
     ts = [*(range(100, T - 1, 200) if T >= 500 else [round(T * k / 6) for k in range(1, 6)]), T - 1]
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed))
-    row = [x0] + [make_diffusion(config).q_sample(x0, torch.tensor([t]), eps) for t in ts]
-    return plot_rows({"": to_pixels(torch.cat(row))}, ["clean"] + [f"t = {t}" for t in ts], path, config)
+    row = torch.cat([x0, make_diffusion(config).q_sample(x0, torch.tensor(ts), eps)])
+    return plot_rows([""], [to_pixels(row)], ["clean"] + [f"t = {t}" for t in ts], path, config)
 
-def plot_chain(way, path, config, text=None):
-    """Pictures along the reverse process. way: (t, pictures (n, C, H, W) uint8 after the step from t)."""
+def plot_chain(way, names, path, config, text=None):
+    """Pictures along the reverse process. way: (t, pictures (n, C, H, W) uint8 after the step from t); names:
+    of their classes."""
     some = spread(np.arange(len(way)), 9)
     titles = [f"t = {way[i + 1][0]}" if i + 1 < len(way) else "result" for i in some]  # the level they are at
     rows = torch.stack([way[i][1][:5] for i in some], dim=1)  # (n, columns, C, H, W)
-    return plot_rows(dict(enumerate(rows)), titles, path, config, text)
+    return plot_rows(names, rows, titles, path, config, text)
 
 def smooth(values):
-    """The mean of each value and its neighbours: as many on either side, up to one in forty of all."""
-    reach = [min(i, len(values) - 1 - i, len(values) // 40) for i in range(len(values))]
+    """The mean of each value and its neighbours: as many on either side as there are before it, up to one in
+    forty of all; fewer after the last ones."""
+    reach = [min(i, len(values) // 40) for i in range(len(values))]
     return [np.mean(values[i - n : i + n + 1]) for i, n in enumerate(reach)]
 
 def plot_loss(rows, path):
@@ -1762,7 +1784,7 @@ def parse(parser, groups, argv):
             kind, default = (*typing.get_args(f.type), f.type)[0], f.default  # int of int | None
             more = dict(type=kind, choices=list(PRESETS) if name == "preset" else f.metadata["choices"])
             if not more["choices"]:
-                more["metavar"] = {int: "N", float: "X", str: "PATH" if "folder" in said else "NAME"}[kind]
+                more["metavar"] = {int: "N", float: "X", str: "NAMES" if name == "classes" else "PATH"}[kind]
             if name == "resume":
                 more |= dict(nargs="?", const="latest")
             if isinstance(default, tuple):
@@ -1786,10 +1808,16 @@ def run(work):
     except UserError as e:
         message = str(e)  # not e: with it, all that its frames hold would live on
     except (MemoryError, RuntimeError) as e:
-        if "memory" not in f"{type(e).__name__} {e}".lower():
+        said = f"{type(e).__name__} {e}".lower()
+        if re.search("memoryerror|(out of|enough|allocate) memory", said):
+            gpu = "GPU " if isinstance(e, torch.OutOfMemoryError) else ""
+            message = (f"Out of {gpu}memory. Try a larger --grad_accum, or less --image_size, --channels, "
+                       "--sample_batch_size.")
+        elif dist.is_initialized() and re.search("gloo|nccl|timed out", said):
+            message = (f"The processes lost each other ({str(e).splitlines()[0]}). Mend what another one "
+                       "says, or the network between them; then start torchrun again, with --resume.")
+        else:
             raise
-        message = (f"Out of {'GPU ' if isinstance(e, torch.OutOfMemoryError) else ''}memory. Try a larger "
-                   "--grad_accum, or less --image_size, --channels, --sample_batch_size.")
     except OSError as e:
         message = (f"{e.strerror or e} ({e.filename or 'while writing a file'}). What was saved is safe. "
                    "Make room or permit it, or choose another --model_path, --samples_dir or --download_dir.")
@@ -1808,12 +1836,13 @@ def main(argv=None):
     def work():
         if mode == "sample":
             path = find_model(override(Config(), **given))
-            here = dict(samples_dir=Config.samples_dir, device=Config.device) | given  # not the run's
-            config = stored_config(read_checkpoint(path), path, here, FOR_SAMPLING)
+            config = drawing_config(read_checkpoint(path), path, given)
             sample(override(config, model_path=path))
         elif "resume" in given:
             path, checkpoint = find_resume(override(Config(), **given))
-            train(stored_config(checkpoint, path, given | dict(resume=str(path)), FOR_RESUMING))
+            config = stored_config(checkpoint, path, given | dict(resume=str(path)), FOR_RESUMING)
+            del checkpoint  # train reads it again, and this one would take memory to the end
+            train(config)
         else:
             train(preset(given.get("preset", Config.preset), **given))
     return run(work)

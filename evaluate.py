@@ -324,8 +324,7 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     of a TorchScript network; bpd_timesteps, bpd_pictures: how finely to measure the bound."""
     path = ddpm.find_model(ddpm.override(ddpm.Config(), **given))
     checkpoint = ddpm.read_checkpoint(path)
-    here = dict(samples_dir=ddpm.Config.samples_dir) | given  # not where the training run wrote
-    c = ddpm.stored_config(checkpoint, path, here, {name for names in FLAGS.values() for name in names})
+    c = ddpm.drawing_config(checkpoint, path, given, {name for names in FLAGS.values() for name in names})
     ddpm.check(c)
     compare = features or "num_samples" in given
     require(c.num_samples > 1 or not compare, "--num_samples 1: FID and KID need two pictures or more.")
@@ -345,7 +344,7 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     labels = ddpm.sample_labels(c, model.classes, c.num_samples)
     steps = math.ceil(len(labels) / world / c.sample_batch_size) * c.sampling_steps
     with tqdm(total=steps, desc="drawing", unit="step", disable=rank > 0, leave=False) as bar:
-        samples = ddpm.draw_together(model, diffusion, c, labels, precision, lambda *_: bar.update() and None)
+        samples = ddpm.draw(model, diffusion, c, labels, precision, lambda *_: bar.update() and None)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:

@@ -126,7 +126,7 @@ def samplers(args):
     for sampler in ddpm.SAMPLERS:
         for steps in counts if sampler == "ddpm" else args.steps:
             c = ddpm.override(config, sampler=sampler, sampling_steps=steps, seed=1)
-            pixels = ddpm.draw(model, diffusion, c, range(n), labels, precision, lambda *_: None)
+            pixels = ddpm.draw(model, diffusion, c, labels, precision)
             x = ddpm.to_network(ddpm.crop(pixels, c))
             table[sampler, steps] = frechet(moments(eye, x), target)
             print(
@@ -387,7 +387,7 @@ def start_drawing(name, memory):
         precision = ddpm.choose_precision("auto", torch.device("cpu"))
 
         def draw():
-            ddpm.draw(model, diffusion, config, range(number), labels, precision, lambda *_: None)
+            ddpm.draw(model, diffusion, config, labels, precision)
 
         return f"{config.sampler}, {config.sampling_steps} steps, guidance {config.guidance:g}", draw
     widths = [config.channels * m for m in config.channel_mults]
@@ -424,9 +424,7 @@ def learn(name, args):
         seen = max(json.loads(row)["step"] for row in rows[1:]) * config.batch_size
         labels = ddpm.sample_labels(config, model.classes, args.num_samples)
         precision, began = ddpm.choose_precision("auto", torch.device("cpu")), time.monotonic()
-        pixels = ddpm.draw(
-            model, diffusion, config, range(args.num_samples), labels, precision, lambda *_: None
-        )
+        pixels = ddpm.draw(model, diffusion, config, labels, precision)
         x = ddpm.to_network(ddpm.crop(pixels, config))
     else:
         model, step, draw = SMALL[name]()
@@ -521,7 +519,7 @@ def waste(args):
         timed(ddpm, "update_ema", "averaging the weights")
         timed(ddpm.RunLog, "line", "metrics")
         timed(ddpm.RunLog, "tick", "progress bar")
-        timed(ddpm, "draw_together", "drawing pictures")
+        timed(ddpm, "draw", "drawing pictures")
         timed(ddpm.RunLog, "pictures", "writing pictures")
         timed(ddpm.torch, "save", "checkpoints")
         ddpm.train(config)

@@ -1,5 +1,6 @@
 """The networks: UNet against diffusers' UNet2DModel with the same weights; shapes, labels, learning."""
 
+import copy
 import gc
 import weakref
 
@@ -158,7 +159,7 @@ def test_the_simple_network_has_the_parameters_of_its_description(name):
 
 
 def test_the_resnet_has_the_parameters_of_torchvision_and_a_mirror():
-    """The mirror goes one scale further than the encoder, to the whole side, which a 3x3 convolution enters."""
+    """The mirror goes one scale further than the encoder: to the whole side, entered by a 3x3 convolution."""
     widths = (32, 64, 64, 128, 256, 512)
     encoder = sum(p.numel() for p in torchvision.models.resnet18().parameters()) - 513 * 1000  # less its fc
     attention = sum(2 * c + (c + 1) * 4 * c for c in widths[1:])
@@ -169,6 +170,31 @@ def test_the_resnet_has_the_parameters_of_torchvision_and_a_mirror():
     emb = embedding_size(128, 256, [*widths[1:], *widths[:-1], *widths[:-1]])
     model = ddpm.build_model(ddpm.preset("cifar10_resnet18"), 3, [])
     assert sum(p.numel() for p in model.parameters()) == encoder + attention + up + merge + ends + emb
+
+
+def test_the_pretrained_encoder_is_torchvisions_and_grey_is_three_equal_colours(monkeypatch):
+    torch.manual_seed(0)
+    given, asked = torchvision.models.resnet18(), []
+    monkeypatch.setattr(
+        torchvision.models, "resnet18", lambda weights: asked.append(weights) or copy.deepcopy(given)
+    )
+    colour, grey = ddpm.ResNetUNet(3, pretrained=True), ddpm.ResNetUNet(1, pretrained=True)
+    assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1] * 2
+    assert torch.equal(colour.encoder[4][1].conv2.weight, given.layer4[1].conv2.weight)
+    x = torch.randn(2, 1, 32, 32)
+    for model, picture in ((colour, x.repeat(1, 3, 1, 1)), (grey, x)):
+        torch.testing.assert_close(
+            model.encoder[0][0](picture), given.conv1(x.repeat(1, 3, 1, 1)), atol=1e-5, rtol=1e-4
+        )
+
+
+def test_pretrained_weights_that_cannot_be_had_are_told(monkeypatch):
+    def offline(weights):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models, "resnet18", offline)
+    with pytest.raises(ddpm.UserError, match=r"no network.*resnet18-.*\.pth.*leave out --pretrained"):
+        ddpm.ResNetUNet(3, pretrained=True)
 
 
 # ---- all three

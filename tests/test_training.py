@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -264,17 +265,69 @@ def test_two_processes_see_the_gradient_of_one_with_two_slices(train, two, pictu
     assert said.count("Wrote:") == said.count("plan  ") == 1, "only the first process tells"
 
 
-def test_two_processes_go_on_with_a_run_of_one(train, two, pictures, tmp_path):
-    """And arrive where one process with two slices arrives."""
-    for name in ("one", "two"):
-        assert train("--grad_accum 2 --steps 3", name=name) == 0
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(train, two, pictures, tmp_path, before, after):
+    """And arrives where one process with two slices arrives."""
+
+    def go(processes, more):
+        if processes == 1:
+            assert train("--grad_accum 2", more, name="changed") == 0
+        else:
+            tiny = TINY if "--resume" not in more else ""
+            two("--mode train", *places(tmp_path / "changed", pictures), tiny, "--grad_accum 1", more)
+
+    assert train("--grad_accum 2 --steps 3", name="one") == 0
     assert train("--resume --steps 6", name="one") == 0
-    more = [*places(tmp_path / "two", pictures), "--resume --steps 6 --grad_accum 1"]
-    two("--mode train", *more)
-    alone, shared = (last_step(tmp_path / name) for name in ("one", "two"))
+    go(before, "--steps 3")
+    go(after, "--resume --steps 6")
+    alone, shared = (last_step(tmp_path / name) for name in ("one", "changed"))
     assert alone["step"] == shared["step"] == 6
     for name, weight in alone["weights"].items():
         assert torch.allclose(weight, shared["weights"][name], atol=1e-5), name
+
+
+def test_one_process_of_a_machine_decodes_for_the_others(two, pictures, tmp_path):
+    """The others wait, then find the cache: none downloads into, or decodes beside, what is not there yet."""
+    counting = tmp_path / "counting.py"
+    counting.write_text(f"""import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import ddpm
+ddpm.IN_MEMORY, decode = 0, ddpm.decode
+
+def slowly(*args):
+    time.sleep(0.05)
+    open({str(tmp_path)!r} + "/decoded_by_" + os.environ["RANK"], "a").write(".")
+    return decode(*args)
+
+ddpm.decode = slowly
+raise SystemExit(ddpm.main(sys.argv[1:]))
+""")
+    two("--mode train", TINY, "--steps 1", *places(tmp_path / "two", pictures), file=counting)
+    assert len((tmp_path / "decoded_by_0").read_text()) == 24 and not (tmp_path / "decoded_by_1").exists()
+
+
+def test_processes_that_lose_each_other_say_what_to_do(program, pictures, tmp_path):
+    """One of two leaves without a word: the other tells it in a sentence and fails, soon."""
+    leaving = tmp_path / "leaving.py"
+    leaving.write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import ddpm
+take, asked = ddpm.Images.batch, []
+
+def batch(*args):
+    asked.append(1)
+    if os.environ["RANK"] == "1" and len(asked) == 3:
+        os._exit(0)
+    return take(*args)
+
+ddpm.Images.batch = batch
+raise SystemExit(ddpm.main(sys.argv[1:]))
+""")
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    more = places(tmp_path / "two", pictures)
+    result = program("--mode train", TINY, "--steps 9", *more, launcher=launcher, file=leaving)
+    assert result.returncode != 0 and "--resume" in result.stderr
+    assert re.search(r"^error: The processes lost each other \(", result.stderr, re.M)
 
 
 def test_gradients_meet_once_a_step_after_the_last_slice(two, pictures, tmp_path):
@@ -523,6 +576,29 @@ def test_a_recipe_without_classes_trains_and_samples_from_python(pictures, tmp_p
     assert ddpm.sample(config).shape == (2, 3, 32, 32)
 
 
+def test_a_flat_folder_trains_and_samples_from_python_with_the_default_recipe(pictures, tmp_path):
+    """Its guidance is for classes, which there are none of here."""
+    config = ddpm.Config(
+        data_path=str(pictures / "disc"),
+        model_path=f"{tmp_path}/m.pt",
+        samples_dir=f"{tmp_path}/s",
+        image_size=16,
+        steps=1,
+        num_samples=2,
+        sampling_steps=2,
+    )
+    ddpm.train(config)
+    assert ddpm.sample(config).shape == (2, 3, 16, 16)
+
+
+def test_a_network_of_another_shape_is_refused():
+    """The loss would stretch one shape to the other."""
+    d = ddpm.Diffusion(ddpm.make_betas("cosine", 10))
+    x0, t = torch.zeros(2, 3, 8, 8), torch.tensor([1, 2])
+    with pytest.raises(ddpm.UserError, match=r"\(2, 1, 8, 8\) for \(2, 3, 8, 8\)"):
+        d.loss(lambda x, t, y: x[:, :1], x0, t, x0)
+
+
 def test_the_grid_of_the_data_shows_the_training_pictures(train, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -586,7 +662,7 @@ def test_the_banner_says_what_the_run_costs(train, capsys):
         r"[\d,]+ parameters, [\d.e-]+ G multiply-adds and [\d.]+ MB a picture",
         r"device    cpu \(.+ threads\), fp32",
         r"memory    about [\d.e-]+ GB a step, [\d.]+ GB free",
-        r"peak memory \d+ MB",
+        r"in and out \(4, 3, 16, 16\), from -[01]\.\d\d to [01]\.\d\d; loss [\d.]+; peak memory \d+ MB",
     ):
         assert re.search(pattern, said), pattern
 
@@ -606,6 +682,25 @@ def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path):
     shown = Image.open(io.BytesIO(events.Images("generated")[-1].encoded_image_string))
     grid = next(tmp_path.rglob("generated_epoch*.png"))
     assert shown.size == Image.open(grid).size
+
+
+def test_wandb_gets_the_numbers_and_the_grids(train, tmp_path, monkeypatch):
+    """As its documentation has it: init, then run.log(row, step=) with pictures as wandb.Image(path)."""
+    logged, wandb = [], types.ModuleType("wandb")
+    wandb.Image = lambda path: ("picture", Image.open(path).size)
+    run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row)))
+    wandb.init = lambda project, dir, config: logged.append((project, config)) or run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train("--steps 4 --sample_every 4 --logger wandb") == 0
+    (project, config), *logged = logged
+    assert project == "ddpm" and config["steps"] == 4
+    rows = {step: row for step, row in logged if "loss" in row}
+    assert [*rows] == [1, 2, 3, 4]
+    assert any(key.startswith("loss/quarter_") for row in rows.values() for key in row)
+    grids = [(step, row) for step, row in logged if "generated" in row]
+    assert [step for step, _ in grids] == [4]
+    assert {*grids[0][1]} == {"compared", "generated"}
+    assert grids[0][1]["generated"][1][0] > 3 * 16
 
 
 @pytest.mark.parametrize("logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
