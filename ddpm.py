@@ -1376,7 +1376,7 @@ class RunLog:
 
         for name, pixels in rows.items():
             self.wrote(save_grid(pixels, path(name), c, len(pixels)))
-        both = dict(compared=plot_rows(rows, rows.values(), [f"t = {n}" for n in t], path("compared"), c),
+        both = dict(compared=plot_rows(rows, [f"t = {n}" for n in t], path("compared"), c),
                     generated=save_grid(generated, path("generated"), c, columns))
         self.wrote(*both.values())
         self.track(self.clock.step, {}, both)
@@ -1673,12 +1673,12 @@ def plot_pair(titles, xlabel):
         a.grid(alpha=0.25)
     return figure, axes
 
-def plot_rows(names, rows, titles, path, config, text=None):
-    """Rows of pictures, each (columns, C, H, W) uint8, with a title a column. Returns the path."""
+def plot_rows(rows, titles, path, config, text=None):
+    """Rows of pictures by name, each (columns, C, H, W) uint8, with a title a column. Returns the path."""
     figure = new_figure(0.95 * len(titles), 0.95 * len(rows) + 0.3)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for line, name, row in zip(axes, names, rows):
+    for line, (name, row) in zip(axes, rows.items()):
         for a, picture in zip(line, to_images(crop(row, config))):
             a.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             a.set(xticks=[], yticks=[])
@@ -1709,7 +1709,7 @@ def plot_forward_process(x0, config, path):
     ts = [*(range(100, T - 1, 200) if T >= 500 else [round(T * k / 6) for k in range(1, 6)]), T - 1]
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed))
     row = torch.cat([x0, make_diffusion(config).q_sample(x0, torch.tensor(ts), eps)])
-    return plot_rows([""], [to_pixels(row)], ["clean"] + [f"t = {t}" for t in ts], path, config)
+    return plot_rows({"": to_pixels(row)}, ["clean"] + [f"t = {t}" for t in ts], path, config)
 
 def plot_chain(way, names, path, config, text=None):
     """Pictures along the reverse process. way: (t, pictures (n, C, H, W) uint8 after the step from t); names:
@@ -1717,7 +1717,8 @@ def plot_chain(way, names, path, config, text=None):
     some = spread(np.arange(len(way)), 9)
     titles = [f"t = {way[i + 1][0]}" if i + 1 < len(way) else "result" for i in some]  # the level they are at
     rows = torch.stack([way[i][1][:5] for i in some], dim=1)  # (n, columns, C, H, W)
-    return plot_rows(names, rows, titles, path, config, text)
+    named = {f"{name} {i + 1}": row for i, (name, row) in enumerate(zip(names, rows))}
+    return plot_rows(named, titles, path, config, text)
 
 def smooth(values):
     """The mean of each value and its neighbours: as many on either side as there are before it, up to one in
