@@ -1391,7 +1391,7 @@ class RunLog:
             print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on: --mode train --resume "
                   f"--model_path {self.config.model_path}")
         print(f"memory    at most {peak_memory(self.device)} MB were in use")
-        print_files(self.files)
+        print_files([file for file in self.files if Path(file).exists()])  # old checkpoints are gone
 
 def make_tracker(config):
     """track(step, numbers by name, paths of pictures by name): what --logger tells the tracker."""
