@@ -751,6 +751,9 @@ def torchvision_source(name, root):
 
 def load_images(config, device="cpu"):
     """The pictures that a Config names, decoded, as `Images`. UserError for none, or too many bad ones."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # downloads and decodes for all processes of a machine
+    if dist.is_initialized() and not first:
+        dist.barrier()
     path = Path(config.data_path)
     if config.data_path == Config.data_path and not path.exists():
         path = HERE / path  # the starter pictures
@@ -761,7 +764,10 @@ def load_images(config, device="cpu"):
         chosen = np.sort(np.random.default_rng(mix(config.seed, 0)).permutation(chosen)[: config.max_images])
     key = json.dumps([DECODER, config.image_size, source.key, chosen.tolist()])
     cache = Path(config.download_dir, "decoded", hashlib.sha256(key.encode()).hexdigest()[:24] + ".npy")
-    return Images(source, chosen, *decode_all(source, chosen, config.image_size, cache), config, device)
+    pixels, bad = decode_all(source, chosen, config.image_size, cache)
+    if dist.is_initialized() and first:
+        dist.barrier()  # the others go on, and find it done
+    return Images(source, chosen, pixels, bad, config, device)
 
 def decode_all(source, chosen, size, cache):
     """Decode the chosen pictures on all cores: (N, C, H, W) uint8, and {row: reason} of bad ones. Small sets
@@ -979,9 +985,9 @@ def choose_device(name):
 def join_processes(device):
     """This process's number among those that torchrun started, which can talk from now on, and how many."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        patience = datetime.timedelta(hours=2)  # while one decodes the pictures
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+    if world > 1:  # what is on the CPU goes by gloo even then, and does not wait for the GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # while one decodes
     return rank, world
 
 def choose_precision(name, device):
@@ -1104,11 +1110,7 @@ def train(config):
                 f"{path} is a model to sample from, not all that a run needs to go on: give --resume one of "
                 f"{step_files(config.model_path)[0]}, or start a new run with --init_from {path}.")
         config = stored_config(resumed, path, dataclasses.asdict(config), FOR_RESUMING)
-    for first in (True, False):  # one process a machine downloads and decodes; the others find it done
-        if first == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
-            images = load_images(config, device)
-        if world > 1:
-            dist.barrier()
+    images = load_images(config, device)
     keep_memory()  # not before: large pictures being decoded take much that is not needed again
     if not images.classes:
         config = override(config, guidance=1.0)  # there is nothing to guide by
@@ -1194,7 +1196,7 @@ def train(config):
             share = clock.share()
             if world > 1:  # every tenth step: any process can ask to stop, and the first one's clock counts
                 if clock.step % 10 == 0 or clock.step in (begun, clock.steps):
-                    said = torch.tensor([stopping, share if rank == 0 else 0.0], device=device)
+                    said = torch.tensor([stopping, share if rank == 0 else 0.0])
                     dist.all_reduce(said, dist.ReduceOp.MAX)
                     said = said.tolist()
                 stopping, share = int(said[0]), share if clock.steps else said[1]
@@ -1555,7 +1557,7 @@ def sample(config):
         c = override(c, guidance=1.0)
     check(c)
     keep_memory()
-    rank, world = join_processes(torch.device("cpu"))  # where the pictures meet
+    rank, world = join_processes(device)
     precision = choose_precision(c.precision, device)
     labels = sample_labels(c, model.classes, c.num_samples)
     labels = labels if c.interpolate is None else labels[:1] * len(labels)
@@ -1568,10 +1570,9 @@ def sample(config):
         Path(place).mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     steps = len(reverse_timesteps(c)) - 1
-    of = f"{'averaged (EMA)' if c.ema else 'plain'} weights of {shown(c.data_path)}"
-    print(f"model     {path} ({digest}), {of}\n"
-          f"drawing   {c.num_samples} pictures, {c.sampler}, {steps} steps, seed {c.seed}, "
-          f"guidance {c.guidance:g}, on {describe(device)} in {precision}")
+    print(f"model     {path} ({digest}), {'averaged (EMA)' if c.ema else 'plain'} weights of "
+          f"{shown(c.data_path)}\ndrawing   {c.num_samples} pictures, {c.sampler}, {steps} steps, seed "
+          f"{c.seed}, guidance {c.guidance:g}, on {describe(device)} in {precision}")
     way = []  # (t, x) of the first few pictures
     def watch(start, t, x):
         bar.update()
@@ -1611,8 +1612,7 @@ def sample(config):
 
 def crop(pixels, config):
     """Pictures (..., H, W) without the border that those of 28 pixels are padded with."""
-    border = (network_size(config.image_size) - config.image_size) // 2
-    return pixels[..., border : border + config.image_size, border : border + config.image_size]
+    return torchvision.transforms.functional.center_crop(pixels, config.image_size)
 
 def spread(items, n):
     """n of the items, or all if there are fewer, at even distances from the first to the last."""

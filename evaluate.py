@@ -45,6 +45,23 @@ COMPARED = 1000  # at most so many samples, and as many real pictures, are held 
 class Unavailable(UserError):
     """Something is missing that the rest can do without."""
 
+def gathered(mine):
+    """What every one of torchrun's processes gives, in their order: a list, the same in all."""
+    given = [mine] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if len(given) > 1:
+        dist.all_gather_object(given, mine)
+    return given
+
+def shared_out(what, work, rows, size):
+    """[work(part) for part in parts], at most `size` of the rows (n,) each, done by torchrun's processes in
+    turn: the same list in all of them. what: for the progress bar."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    n = max(math.ceil(len(rows) / size), min(len(rows), world))
+    parts = np.array_split(rows, n) if n else []
+    mine = tqdm(parts[rank::world], what, leave=False, delay=2, disable=rank > 0)
+    done = gathered([work(part) for part in mine])
+    return [done[i % world][i // world] for i in range(len(parts))]
+
 # -------------------------------------------------------------------------------- bits per dimension and loss
 
 def strata(T, n):
@@ -115,10 +132,12 @@ def measure_rows(model, diffusion, images, rows, parts, config, precision):
     """What `summarise` makes of the pictures in some rows, which are measured a few at a time."""
     index = [model.classes.index(k) if k in model.classes else -1 for k in images.class_names] + [-1]
     labels = torch.tensor(index)[images.labels]  # as the model counts classes
-    device, found = next(model.parameters()).device, []
-    for some in tqdm(np.array_split(rows, math.ceil(len(rows) / 32)), "measuring", leave=False):
+    device = next(model.parameters()).device
+    def bound(some):
         x0, y = images.take(some, device)[0], labels[torch.from_numpy(some)].to(device)
-        found.append(measure(model, diffusion, x0, y, some, parts, config.seed, precision))
+        return measure(model, diffusion, x0, y, some, parts, config.seed, precision)
+
+    found = shared_out("measuring", bound, rows, 32)
     values = model.channels * config.image_size**2  # a border counts as part of the picture
     return summarise(*(torch.cat(part, -1) for part in zip(*found)), parts, values)
 
@@ -159,22 +178,25 @@ def nearest(pixels, images, config, device, own=None):
     (n,), rows (n,), whether mirrored (n,)."""
     queries, n = flat(pixels, config, device), len(pixels)
     own = torch.full((n,), -1) if own is None else torch.as_tensor(own)
-    best, found, mirrored = torch.full((n,), math.inf), torch.zeros(n, dtype=torch.int64), torch.zeros(n) > 0
-    pieces = math.ceil(len(images.train) * pixels[0].numel() / 2**26)  # 64 MiB each, so that any number fits
-    for rows in map(torch.from_numpy, np.array_split(images.train, pieces)):
-        part = pick(images, rows)
+    def among(rows):
+        part, rows, found = pick(images, rows), torch.from_numpy(rows), []
         for flip in (False, True)[: 1 + config.hflip]:
             distance = torch.cdist(queries, flat(part.flip(3) if flip else part, config, device)).cpu()
             distance[own[:, None] == rows] = math.inf
             least, at = distance.min(1)
-            closer = least < best
-            best[closer], found[closer], mirrored[closer] = least[closer], rows[at[closer]], flip
-    return best, found, mirrored
+            found.append((least, rows[at], torch.full((n,), flip)))
+        return found
 
-def copying(samples, images, config, device, path):
+    size = 2**26 // pixels[0].numel()  # in 64 MiB, so that any number fits
+    found = sum(shared_out("comparing", among, images.train, size), [])
+    least, rows, mirrored = (torch.stack(part) for part in zip(*found))  # (parts and mirror images, n) each
+    best = least.argmin(0, keepdim=True)
+    return tuple(each.gather(0, best)[0] for each in (least, rows, mirrored))
+
+def copying(samples, images, config, device):
     """Are samples (N, C, H, W) uint8 nearer to the training pictures than real pictures are? Those are the
-    held out or, without any, the training pictures, each against the rest. Returns figures, and the path of a
-    PNG: up to 16 samples, each beside its nearest."""
+    held out or, without any, the training pictures, each against the rest. Returns figures, and up to 16
+    samples, each beside its nearest, as rows of pictures (rows, columns, C, H, W) uint8."""
     others = ddpm.spread(images.held_out if len(images.held_out) else images.train, COMPARED)
     distance, rows, mirrored = nearest(samples[:COMPARED], images, config, device)
     usual = nearest(pick(images, others), images, config, device, others)[0].median().item()
@@ -188,8 +210,12 @@ def copying(samples, images, config, device, path):
                    others_median=None if alone else usual,
                    others_are="held-out" if len(images.held_out) else "training",
                    first=[dict(distance=d, row=r) for d, r in zip(distance[:n].tolist(), rows[:n].tolist())])
+    return figures, pairs
+
+def plot_copies(pairs, path, config):
+    """Write what `copying` returns as a PNG. Returns the path."""
     rows = {" " * i: row for i, row in enumerate(pairs)}  # without a name
-    return figures, ddpm.plot_rows(rows, ["sample", "nearest"] * min(n, 4), path, config)
+    return ddpm.plot_rows(rows, ["sample", "nearest"] * (pairs.shape[1] // 2), path, config)
 
 # ------------------------------------------------------------------------------------------------ FID and KID
 
@@ -254,15 +280,22 @@ def distances(features, samples, images, sets, config):
         subsets = 100 if size < max(len(rows), len(samples)) else 1  # of everything there is only one
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about memory
-            kid = KernelInceptionDistance(feature=same, subsets=subsets, subset_size=size)
+            kid = KernelInceptionDistance(feature=same, subsets=subsets, subset_size=size,
+                                          sync_on_compute=False)  # every process has all of its features
         meters[name] = FrechetInceptionDistance(feature=same), kid
 
-    def show(pixels, rows, names, real):  # in random order, for KID
-        order = torch.from_numpy(np.random.default_rng(config.seed).permutation(rows)).to(pixels.device)
-        for i, some in enumerate(tqdm(order.split(64), "features", leave=False, delay=2)):
-            f = features(ddpm.crop(pixels[some], config)).float().cpu()
-            for meter in (meters[name][k] for name in names for k in range(2 if i * 64 < 10_000 else 1)):
-                meter.update(f, real=real)
+    def show(pixels, rows, names, real):
+        def look(some):
+            f = features(ddpm.crop(pixels[torch.from_numpy(some).to(pixels.device)], config)).float().cpu()
+            for name in names:
+                meters[name][0].update(f, real=real)  # adds up, over all processes when it is asked
+            return f
+
+        order = np.random.default_rng(config.seed).permutation(rows)  # for KID
+        for f in shared_out("features", look, order[:10_000], 64):
+            for name in names:
+                meters[name][1].update(f, real=real)
+        shared_out("features", lambda some: look(some).shape, order[10_000:], 64)  # none is kept
 
     show(samples, np.arange(len(samples)), sets, False)
     for name, rows in sets.items():
@@ -330,37 +363,39 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     require(c.num_samples > 1 or not compare, "--num_samples 1: FID and KID need two pictures or more.")
     require(min(bpd_timesteps, bpd_pictures) > 0, "--bpd_timesteps and --bpd_pictures: give 1 or more.")
     device = ddpm.choose_device(c.device)
-    rank, world = ddpm.join_processes(torch.device("cpu"))  # where the pictures meet
+    rank, world = ddpm.join_processes(device)
     precision = ddpm.choose_precision(c.precision, device)
     model, diffusion, stored = ddpm.load_model(path, device, c.ema)
-    if rank == 0:  # before the drawing, which may take long: what can go wrong
-        images = ddpm.load_images(ddpm.override(c, seed=stored.seed), device)  # that seed chose the held-out
-        require(images.channels == model.channels, f"{path} draws pictures of {model.channels} channels, and "
-                f"those in {c.data_path} have {images.channels}: give the --data_path of its training.")
-        network, missing = choose_features(features, images, c, device) if compare else (None, None)
-        if missing:
-            say("note", missing)
+    # Before the drawing, which may take long: what can go wrong.
+    images = ddpm.load_images(ddpm.override(c, seed=stored.seed), device)  # that seed chose the held-out
+    require(images.channels == model.channels, f"{path} draws pictures of {model.channels} channels, and "
+            f"those in {c.data_path} have {images.channels}: give the --data_path of its training.")
+    network, missing = choose_features(features, images, c, device) if compare else (None, None)
+    missing = next(filter(None, gathered(missing)), None)  # if it is in one process, all do without
+    if missing:
+        network = None
+        say("note", missing)
     ddpm.keep_memory()
     labels = ddpm.sample_labels(c, model.classes, c.num_samples)
     steps = math.ceil(len(labels) / world / c.sample_batch_size) * c.sampling_steps
     with tqdm(total=steps, desc="drawing", unit="step", disable=rank > 0, leave=False) as bar:
         samples = ddpm.draw(model, diffusion, c, labels, precision, lambda *_: bar.update() and None)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return None
 
     # ---- figures
     sets = {"held out": images.held_out, "training": images.train}
     sets = {name: rows for name, rows in sets.items() if len(rows)}
-    parts, folder = strata(diffusion.T, bpd_timesteps), Path(c.samples_dir)
+    parts = strata(diffusion.T, bpd_timesteps)
     some = {name: ddpm.spread(rows, bpd_pictures) for name, rows in sets.items()}
     found = {name: measure_rows(model, diffusion, images, rows, parts, c, precision)
              for name, rows in some.items()}
-    files = [plot_by_timestep(found, folder / "loss_by_timestep.png")]
-    copies, pairs = copying(samples, images, c, device, folder / "nearest.png")
-    for name, figures in (distances(network, samples, images, sets, c) if network else {}).items():
-        found[name] |= figures
+    copies, pairs = copying(samples, images, c, device)
+    if network:
+        for name, figures in distances(network, samples, images, sets, c).items():
+            found[name] |= figures
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return None
 
     # ---- say it
     digest, k = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12], copies
@@ -393,8 +428,11 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         config=dataclasses.asdict(c), torch=torch.__version__, torchvision=torchvision.__version__,
         python=platform.python_version())
     written = json.dumps(result, indent=1).encode()
-    files += [pairs, ddpm.atomic_write(folder / "evaluation.json", lambda f: f.write(written))]
-    ddpm.print_files(files)
+    folder = Path(c.samples_dir)
+    ddpm.print_files([
+        plot_by_timestep(found, folder / "loss_by_timestep.png"),
+        plot_copies(pairs, folder / "nearest.png", c),
+        ddpm.atomic_write(folder / "evaluation.json", lambda f: f.write(written))])
     return result
 
 def main(argv=None):

@@ -4,6 +4,7 @@
     python tests/benchmark.py samplers --model_path MODEL   # quality against the number of evaluations
     python tests/benchmark.py quality                       # ten minutes of training each, side by side
     python tests/benchmark.py throughput                    # training steps, side by side with other projects
+    python tests/benchmark.py throughput --device cuda --channels 128 --batch_size 128 --repeats 30 --fast
     python tests/benchmark.py drawing                       # 64 pictures, side by side
     python tests/benchmark.py waste --pictures 100000       # what is spent around the network
 
@@ -171,19 +172,20 @@ def plot_samplers(table, counts, path):
 # [-1, 1] when that share of the time is over; draw(n) gives so many of them.
 
 
-def ours(channels, config):
-    """The steps of ddpm.train, without what it writes. It is not asked to draw."""
-    model = ddpm.build_model(config, channels, [])
-    ema, diffusion = ddpm.copy.deepcopy(model), ddpm.make_diffusion(config)
-    net = torch.compile(model) if config.compile else model
+def ours(channels, config, device="cpu", memory_format=torch.contiguous_format, mode=None):
+    """The steps of ddpm.train, without what it writes. It is not asked to draw. mode: of torch.compile."""
+    device = torch.device(device)
+    model = ddpm.build_model(config, channels, []).to(device, memory_format=memory_format)
+    ema, diffusion = ddpm.copy.deepcopy(model), ddpm.make_diffusion(config, device)
+    net = torch.compile(model, mode=mode) if config.compile else model
     optimizer, count = torch.optim.Adam(model.parameters(), config.lr, fused=True), [0]
-    precision = ddpm.choose_precision("auto", torch.device("cpu"))
+    precision = ddpm.choose_precision("auto", device)
     ddpm.keep_memory()
     averages, weights = (list(m.state_dict().values()) for m in (ema, model))
 
     def step(x0, share):
-        t, eps = torch.randint(config.timesteps, (len(x0),)), torch.randn_like(x0)
-        with ddpm.autocast(x0.device, precision):
+        t, eps = torch.randint(config.timesteps, (len(x0),), device=device), torch.randn_like(x0)
+        with ddpm.autocast(device, precision):
             loss = diffusion.loss(net, x0, t, eps).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -195,13 +197,24 @@ def ours(channels, config):
     return model, step, None
 
 
+def faster(step, model, device):
+    """The step of another project in bf16, its network compiled."""
+    model.compile()
+
+    def fast(x0, share):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            step(x0, share)
+
+    return fast
+
+
 def falling(optimizer, lr, share):
     """The rate for the other projects: half a cosine, as in diffusers' training script."""
     for group in optimizer.param_groups:
         group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * share))
 
 
-def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25):
+def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25, device="cpu", fast=False):
     """diffusers as its script for unconditional training puts it together: fp32, EMA with its warm-up."""
     import diffusers
     from diffusers.training_utils import EMAModel
@@ -218,13 +231,13 @@ def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25
         attention_head_dim=None,
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-    )
+    ).to(device)
     scheduler, optimizer = diffusers.DDPMScheduler(), torch.optim.AdamW(model.parameters(), lr)
     ema = EMAModel(model.parameters(), 0.9999, use_ema_warmup=True, power=0.75)
 
     def step(x0, share):
         falling(optimizer, lr, share)
-        t, eps = torch.randint(1000, (len(x0),)), torch.randn_like(x0)
+        t, eps = torch.randint(1000, (len(x0),), device=device), torch.randn_like(x0)
         F.mse_loss(model(scheduler.add_noise(x0, eps, t), t).sample, eps).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -241,16 +254,16 @@ def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25
         ]
         return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2) * 2 - 1
 
-    return model, step, draw
+    return model, faster(step, model, device) if fast else step, draw
 
 
-def lucidrains_program(channels, mults, lr):
+def lucidrains_program(channels, mults, lr, dim=32, device="cpu", fast=False):
     """denoising-diffusion-pytorch: its own diffusion, its own EMA, as its Trainer uses them."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
-    model = Unet(dim=32, dim_mults=mults, channels=channels, flash_attn=False)
-    diffusion = GaussianDiffusion(model, image_size=32, sampling_timesteps=25)
+    model = Unet(dim=dim, dim_mults=mults, channels=channels, flash_attn=device == "cuda")
+    diffusion = GaussianDiffusion(model, image_size=32, sampling_timesteps=25).to(device)
     ema = EMA(diffusion, beta=0.995, update_every=10)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr, betas=(0.9, 0.99))
 
@@ -266,15 +279,31 @@ def lucidrains_program(channels, mults, lr):
         parts = [ema.ema_model.sample(batch_size=min(100, n - i)) for i in range(0, n, 100)]
         return torch.cat(parts) * 2 - 1
 
-    return model, step, draw
+    return model, faster(step, model, device) if fast else step, draw
 
 
-PAPER = {  # the paper's network with 64 channels, the same of diffusers, and a common one
-    "ddpm.py": lambda: ours(3, ddpm.preset("cifar10", channels=64, dropout=0.0)),
-    "ddpm.py --compile": lambda: ours(3, ddpm.preset("cifar10", channels=64, dropout=0.0, compile=True)),
-    "diffusers": lambda: diffusers_program(3, (64, 128, 128, 128), 2, [1], 2e-4),
-    "denoising-diffusion-pytorch": lambda: lucidrains_program(3, (1, 2, 4, 8), 2e-4),
-}
+def paper(name, args):
+    """The programs for throughput: the paper's network, the same of diffusers, and one of about its size."""
+    c, more = args.channels, dict(device=args.device, fast=args.fast)
+    if name == "diffusers":
+        return diffusers_program(3, (c, 2 * c, 2 * c, 2 * c), 2, [1], 2e-4, **more)
+    if name == "denoising-diffusion-pytorch":
+        return lucidrains_program(3, (1, 2, 4, 8), 2e-4, c // 2, **more)
+    _, *flags = name.split(", ")
+    config = ddpm.preset(
+        "cifar10", channels=c, dropout=0.0, compile="--compile" in flags or "graphs" in flags
+    )
+    return ours(
+        3,
+        config,
+        args.device,
+        torch.channels_last if "channels_last" in flags else torch.contiguous_format,
+        "reduce-overhead" if "graphs" in flags else None,
+    )
+
+
+PAPER = ["ddpm.py", "ddpm.py, --compile", "diffusers", "denoising-diffusion-pytorch"]
+ON_A_GPU = ["ddpm.py, graphs", "ddpm.py, channels_last", "ddpm.py, --compile, channels_last"]
 SMALL = {  # for grey pictures and ten minutes
     "diffusers": lambda: diffusers_program(1, (32, 64, 64), 1, [2], 1e-3),
     "denoising-diffusion-pytorch": lambda: lucidrains_program(1, (1, 2, 2), 1e-3),
@@ -301,6 +330,8 @@ class Turns:
         began = time.perf_counter()
         for _ in range(repeats):
             Turns.work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         return (time.perf_counter() - began) / repeats
 
     def turn(self, repeats):
@@ -312,7 +343,7 @@ def side_by_side(start, names, args):
     programs = {}
     for name in names:
         try:
-            programs[name] = Turns(start, name, args.memory)
+            programs[name] = Turns(start, name, args)
         except ImportError as e:
             print(f"{name} is left out: pip install {e.name.replace('_', '-')}")
     for _ in range(args.turns):
@@ -321,24 +352,28 @@ def side_by_side(start, names, args):
     return programs
 
 
-def matrix_product(dtype):
-    """(0 parameters, FLOPs), and the work: twenty products of two matrices of 2048x2048."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
-    return (0, 20 * 2 * 2048**3), lambda: [a @ b for _ in range(20)]
-
-
 MATRICES = {"bf16 matrix product": torch.bfloat16, "fp32 matrix product": torch.float32}
 
 
-def start_training(name, memory):
-    """A program whose turn is a training step on 32 pictures; tells its parameters and FLOPs a step."""
+def matrix_product(dtype, device):
+    """(0 parameters, FLOPs), and the work: twenty products of two square matrices."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return (0, 20 * 2 * n**3), lambda: [a @ b for _ in range(20)]
+
+
+def start_training(name, args):
+    """A program whose turn is a training step on so many pictures; tells its parameters and FLOPs a step."""
     from torch.utils.flop_counter import FlopCounterMode
 
     if name in MATRICES:
-        return matrix_product(MATRICES[name])
-    if memory:
+        return matrix_product(MATRICES[name], args.device)
+    if args.memory:
         ddpm.keep_memory()
-    (model, step, _), x0 = PAPER[name](), torch.rand(32, 3, 32, 32) * 2 - 1
+    model, step, _ = paper(name, args)
+    x0 = torch.rand(args.batch_size, 3, 32, 32, device=args.device) * 2 - 1
+    if "channels_last" in name:
+        x0 = x0.contiguous(memory_format=torch.channels_last)
     began = time.monotonic()
     step(x0, 0)
     print(f"{name}: {time.monotonic() - began:.1f} s for the first step", flush=True)
@@ -348,19 +383,20 @@ def start_training(name, memory):
 
 
 def throughput(args):
-    """Pictures and GFLOP a second of whole training steps of 32 pictures."""
-    programs = side_by_side(start_training, [*(args.programs or PAPER), *MATRICES], args)
+    """Pictures and GFLOP a second of whole training steps."""
+    names = args.programs or PAPER + ON_A_GPU * (args.device == "cuda")
+    programs = side_by_side(start_training, [*names, *MATRICES], args)
     seconds = {name: statistics.median(program.times) for name, program in programs.items()}
     rates = {name: program.told[1] / seconds[name] / 1e9 for name, program in programs.items()}
     rate, fp32 = (rates.pop(name) for name in MATRICES)
-    threads, kept = torch.get_num_threads(), ", glibc keeps memory for all" if args.memory else ""
-    print(
-        f"\nmatrix product {rate:.0f} GFLOP/s in bf16, {fp32:.0f} in fp32, {threads} threads, torch", end=" "
-    )
-    print(f"{torch.__version__}; medians of {args.turns} turns of {args.repeats} steps{kept}\n")
+    device = ddpm.describe(torch.device(args.device, 0 if args.device == "cuda" else None))
+    notes = ", glibc keeps memory for all" * args.memory + ", the others in bf16 and compiled" * args.fast
+    print(f"\n{device}, torch {torch.__version__}; medians of {args.turns} turns", end=" ")
+    print(f"of {args.repeats} steps of {args.batch_size} pictures{notes}")
+    print(f"matrix product {rate:.0f} GFLOP/s in bf16, {fp32:.0f} in fp32\n")
     print("| | parameters | pictures/s | GFLOP/s | of the matrix rate |\n|---|---|---|---|---|")
     for name, gflops in rates.items():
-        parameters, pictures = programs[name].told[0], 32 / seconds[name]
+        parameters, pictures = programs[name].told[0], args.batch_size / seconds[name]
         print(f"| {name} | {parameters:,} | {pictures:.1f} | {gflops:.0f} | {gflops / rate:.0%} |")
     first, *others = rates
     print()
@@ -375,11 +411,11 @@ def throughput(args):
 # ---------------------------------------------------------------------------------------------------- drawing
 
 
-def start_drawing(name, memory):
+def start_drawing(name, args):
     """A program whose turn is the drawing of so many pictures of 64x64, by models of one shape."""
     who, number = name.split(", ")
     number, config = int(number), ddpm.preset("animals")
-    if memory or who == "ddpm.py":
+    if args.memory or who == "ddpm.py":
         ddpm.keep_memory()
     if who == "ddpm.py":
         model, diffusion, config = ddpm.load_model(ddpm.HERE / "saved_models" / "animals.pt")
@@ -559,6 +595,10 @@ def main():
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="glibc keeps freed memory, for all programs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for throughput")
+    parser.add_argument("--batch_size", type=int, default=32, help="for throughput")
+    parser.add_argument("--channels", type=int, default=64, help="for throughput: width of the first stage")
+    parser.add_argument("--fast", action="store_true", help="for throughput: the others in bf16 and compiled")
     args = parser.parse_args()
     commands[args.what](args)
 

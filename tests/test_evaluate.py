@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -269,11 +270,11 @@ def test_large_pictures_are_compared_at_64_pixels_and_borders_not_at_all():
 @pytest.mark.parametrize("held_out", [60, 0])
 def test_copies_are_found_and_new_pictures_are_not(held_out, tmp_path, quick_plots):
     images = some_images(60, held_out)
-    copies, _ = evaluate.copying(images.pixels[:20], images, config(), "cpu", tmp_path / "n.png")
+    copies, _ = evaluate.copying(images.pixels[:20], images, config(), "cpu")
     assert copies["share"] == 1 and copies["median"] < 0.5 and copies["others"] == 60
     assert [pair["row"] for pair in copies["first"]] == list(range(16))
     assert copies["others_are"] == ("held-out" if held_out else "training")
-    new, _ = evaluate.copying(some_images(400, 0, seed=1).pixels, images, config(), "cpu", tmp_path / "n.png")
+    new, _ = evaluate.copying(some_images(400, 0, seed=1).pixels, images, config(), "cpu")
     assert 0.35 < new["share"] < 0.65
 
 
@@ -282,7 +283,7 @@ def test_samples_stand_beside_their_nearest(n, size, tmp_path, monkeypatch):
     images, drawn = some_images(5, 2), {}
     monkeypatch.setattr(ddpm, "plot_rows", lambda rows, titles, *_: drawn.update(rows=rows, titles=titles))
     samples = images.pixels[torch.arange(n) % 5]
-    evaluate.copying(samples, images, config(), "cpu", tmp_path / "n.png")
+    evaluate.plot_copies(evaluate.copying(samples, images, config(), "cpu")[1], tmp_path, config())
     rows = torch.stack(list(drawn["rows"].values()))
     assert (rows.shape[1], rows.shape[0]) == size and len(drawn["titles"]) == size[0]
     assert torch.equal(rows[:, ::2], rows[:, 1::2])  # copies: each sample is its nearest
@@ -291,7 +292,7 @@ def test_samples_stand_beside_their_nearest(n, size, tmp_path, monkeypatch):
 
 def test_a_single_training_picture_says_nothing_about_copies(tmp_path, quick_plots):
     images = some_images(1, 0)
-    figures, _ = evaluate.copying(images.pixels, images, config(), "cpu", tmp_path / "n.png")
+    figures, _ = evaluate.copying(images.pixels, images, config(), "cpu")
     assert figures["share"] is None and figures["others_median"] is None
 
 
@@ -620,20 +621,48 @@ def test_a_network_that_fails_is_told_with_its_reason(run, half_held_out, tmp_pa
     assert "linear.pt fails (" in err and "Traceback" not in err and err.count("\n") == 1
 
 
-def test_several_processes_draw_what_one_draws(program, run, half_held_out, tmp_path):
-    flags = ["--bpd_pictures 2 --bpd_timesteps 3 --precision fp32 --device cpu --model_path", half_held_out]
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_measure_what_one_does(processes, program, run, half_held_out, script, tmp_path):
+    flags = ["--bpd_pictures 5 --bpd_timesteps 3 --precision fp32 --device cpu --model_path", half_held_out]
+    flags += ["--num_samples 5 --features", script(Moments())]
     done = program(
         *flags,
-        "--num_samples 5",
         file=ROOT / "evaluate.py",
-        launcher=("-m", "torch.distributed.run", "--nproc_per_node=2"),
+        launcher=("-m", "torch.distributed.run", f"--nproc_per_node={processes}"),
     )
     assert done.returncode == 0 and done.stdout.count("Wrote:") == 1, done.stderr
-    two = result(tmp_path)
-    assert run(*flags, "--num_samples 5 --samples_dir one") == 0
+    several = result(tmp_path)
+    assert run(*flags, "--samples_dir one") == 0
     one = json.loads((tmp_path / "one" / "evaluation.json").read_text())
-    assert one["num_samples"] == 5 and one["copying"]["first"] == two["copying"]["first"]
-    assert one["sets"] == two["sets"]
+    assert one["num_samples"] == 5 and one["copying"] == several["copying"]
+    for name, figures in one["sets"].items():
+        found = several["sets"][name]
+        assert {*figures} == {*found} and "fid" in figures and "kid" in figures
+        for key, value in figures.items():
+            if key == "by_timestep":
+                value, found[key] = ([list(row.values()) for row in rows] for rows in (value, found[key]))
+                np.testing.assert_allclose(found[key], value, rtol=1e-5)
+            else:
+                assert found[key] == (value and pytest.approx(value, rel=1e-4)), key
+
+
+@pytest.mark.parametrize("n, size, processes", [(0, 4, 1), (1, 4, 3), (7, 3, 1), (7, 3, 2), (9, 2, 4)])
+def test_work_is_shared_out_in_order(n, size, processes, monkeypatch):
+    rows, shares = np.arange(n) * 10, []
+    monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate.dist, "get_world_size", lambda: processes)
+
+    def process(rank, gathered):
+        monkeypatch.setattr(evaluate.dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(evaluate, "gathered", gathered)
+        return evaluate.shared_out("", list, rows, size)
+
+    for rank in range(processes):  # each notes its share, and is told nothing of the others
+        process(rank, lambda mine: shares.append(mine) or [defaultdict(list)] * processes)
+    parts = process(0, lambda mine: shares)
+    assert sum(parts, []) == rows.tolist() and all(0 < len(part) <= size for part in parts)
+    taken = [len(share) for share in shares]
+    assert sum(taken) == len(parts) and max(taken) - min(taken) <= 1
 
 
 def test_help_needs_no_model_and_warns_of_code(run, tmp_path, capsys):
