@@ -104,7 +104,7 @@ class Config:
     class_cond: bool = flag(True, "learn the classes, where the data has two or more")
     label_dropout: float = flag(0.1, "share of training pictures whose label is hidden, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
-    steps: int | None = flag(3600, "length of training: optimiser steps,", 1, 10**12, group="training")
+    steps: int | None = flag(3000, "length of training: optimiser steps,", 1, 10**12, group="training")
     epochs: float | None = flag(None, "or passes over the pictures,", 1e-6, 1e9)
     minutes: float | None = flag(None, "or minutes by the clock", 1e-3, 1e7)
     batch_size: int = flag(16, "pictures an optimiser step sees, over all processes and slices", 1, 10**6)
@@ -123,7 +123,7 @@ class Config:
     resume: str | None = flag(None, "go on with a run: a step checkpoint, or the latest", group="running")
     init_from: str | None = flag(None, "start a new run from the weights in this checkpoint")
     save_every: int = flag(500, "steps between checkpoints", 1, 10**9)
-    sample_every: int = flag(1800, "steps between pictures in --samples_dir", 1, 10**9)
+    sample_every: int = flag(1500, "steps between pictures in --samples_dir", 1, 10**9)
     log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9)
     keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6)
     logger: str = flag("none", "tracker to tell as well", choices="none tensorboard wandb")
@@ -544,6 +544,10 @@ class UNet(nn.Module):
                 self.up.append(Upsample(c))
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = zero(nn.Conv2d(c, pixel, 3, padding=1))
+        for layer in self.modules():  # as in the paper's code; PyTorch's own weights are smaller, and slower
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight.any():
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, y=None):
         def apply(stage, *inputs):
@@ -1370,16 +1374,13 @@ class RunLog:
 
     def pictures(self, t, fixed, generated, held_out):
         c, passes = self.config, self.clock.step * self.config.batch_size / self.total
-        epoch = f"{passes:.2f}".rstrip("0").rstrip(".")  # 288, or 0.64
+        end = "_epoch" + f"{passes:.2f}".rstrip("0").rstrip(".") + ".png"  # _epoch288.png, or _epoch0.64.png
         columns = grid_columns(len(generated), self.classes)
         rows = dict(zip(("clean", "noisy", "pred"), (to_pixels(x).cpu() for x in fixed)))
-        def path(name):
-            return self.folder / f"{name}_epoch{epoch}.png"
-
         for name, pixels in rows.items():
-            self.wrote(save_grid(pixels, path(name), c, len(pixels)))
-        both = dict(compared=plot_rows(rows, [f"t = {n}" for n in t], path("compared"), c),
-                    generated=save_grid(generated, path("generated"), c, columns))
+            self.wrote(save_grid(pixels, self.folder / f"{name}{end}", c, len(pixels)))
+        both = dict(compared=plot_rows(rows, [f"t = {n}" for n in t], self.folder / f"compared{end}", c),
+                    generated=save_grid(generated, self.folder / f"generated{end}", c, columns))
         self.wrote(*both.values())
         self.track(self.clock.step, {}, both)
         if held_out is not None:
@@ -1721,8 +1722,7 @@ def plot_chain(way, names, path, config, text=None):
     return plot_rows(named, titles, path, config, text)
 
 def smooth(values):
-    """The mean of each value and its neighbours: as many on either side as there are before it, up to one in
-    forty of all; fewer after the last ones."""
+    """The mean of each value and its neighbours: up to one in forty of all either side, fewer at the ends."""
     reach = [min(i, len(values) // 40) for i in range(len(values))]
     return [np.mean(values[i - n : i + n + 1]) for i, n in enumerate(reach)]
 

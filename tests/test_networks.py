@@ -61,6 +61,21 @@ def test_the_cifar10_network_has_the_parameters_of_the_paper():
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
 
 
+def test_first_weights_are_those_of_the_papers_code():
+    """Uniform, of variance 2 / (inputs + outputs); zero what ends a block, attention and the network."""
+    model, zero = ddpm.build_model(ddpm.preset("cifar10"), 3, []), set()
+    for name, layer in model.named_modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            assert not layer.bias.any()
+            if not layer.weight.any():
+                zero.add(name.split(".")[-1])
+                continue
+            variance = 2 / sum(layer.weight.shape[:2]) / layer.weight[0, 0].numel()
+            assert layer.weight.abs().max() <= (3 * variance) ** 0.5
+            assert layer.weight.var().item() == pytest.approx(variance, rel=0.1)
+    assert zero == {"conv2", "out", "conv_out"}
+
+
 def test_multiply_adds_are_those_published():
     """12.44 GFLOP a picture for the paper's network, that is 6.22 G multiply-adds; by hand for one layer.
     Ours saves five ninths of what the three convolutions after a doubling take, to 8, 16 and 32 pixels."""
