@@ -1,6 +1,6 @@
 """ddpm.py: a denoising diffusion model in one file. It learns from a folder of pictures and draws new ones.
 
-    python ddpm.py --mode train                              # the five animals; 10 to 12 minutes on two cores
+    python ddpm.py --mode train                              # the five animals; ten minutes on two cores
     python ddpm.py --mode sample                             # draws with the model just trained
     python ddpm.py --mode train --data_path MY_PICTURES      # your own, flat or one sub-folder a class
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10
@@ -544,9 +544,9 @@ class UNet(nn.Module):
                 self.up.append(Upsample(c))
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = zero(nn.Conv2d(c, pixel, 3, padding=1))
-        for layer in self.modules():  # as in the paper's code; PyTorch's own weights are smaller, and slower
+        for name, layer in self.named_modules():  # as in the paper's code; PyTorch's weights learn slower
             if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight.any():
-                nn.init.xavier_uniform_(layer.weight)
+                nn.init.xavier_uniform_(layer.weight, 2**0.5 if name.endswith("qkv") else 1)  # three in one
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, y=None):
@@ -983,7 +983,7 @@ def choose_device(name):
     require(not index or index < torch.cuda.device_count(), f"Process {index} has no GPU: there are "
             f"{torch.cuda.device_count()}. Give torchrun --nproc_per_node as many, or --device cpu.")
     if name == "cuda":
-        torch.cuda.set_device(index)  # nccl moves objects through the current one
+        torch.cuda.set_device(index)  # or every process would use the first one too
     return torch.device(name, index)
 
 def join_processes(device):
@@ -1816,7 +1816,7 @@ def run(work):
                        "--sample_batch_size.")
         elif dist.is_initialized() and re.search("gloo|nccl|timed out", said):
             message = (f"The processes lost each other ({str(e).splitlines()[0]}). Mend what another one "
-                       "says, or the network between them; then start torchrun again, with --resume.")
+                       "says, or the network between them; then start again (training: with --resume).")
         else:
             raise
     except OSError as e:

@@ -62,7 +62,8 @@ def test_the_cifar10_network_has_the_parameters_of_the_paper():
 
 
 def test_first_weights_are_those_of_the_papers_code():
-    """Uniform, of variance 2 / (inputs + outputs); zero what ends a block, attention and the network."""
+    """Uniform, of variance 2 / (inputs + outputs); zero what ends a block, attention and the network. There
+    q, k and v are a layer each."""
     model, zero = ddpm.build_model(ddpm.preset("cifar10"), 3, []), set()
     for name, layer in model.named_modules():
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
@@ -70,7 +71,9 @@ def test_first_weights_are_those_of_the_papers_code():
             if not layer.weight.any():
                 zero.add(name.split(".")[-1])
                 continue
-            variance = 2 / sum(layer.weight.shape[:2]) / layer.weight[0, 0].numel()
+            outputs, inputs = layer.weight.shape[:2]
+            outputs = inputs if name.endswith("qkv") else outputs
+            variance = 2 / (inputs + outputs) / layer.weight[0, 0].numel()
             assert layer.weight.abs().max() <= (3 * variance) ** 0.5
             assert layer.weight.var().item() == pytest.approx(variance, rel=0.1)
     assert zero == {"conv2", "out", "conv_out"}
