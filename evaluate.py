@@ -178,8 +178,8 @@ def nearest(pixels, images, config, device, own=None):
     (n,), rows (n,), whether mirrored (n,)."""
     queries, n = flat(pixels, config, device), len(pixels)
     own = torch.full((n,), -1) if own is None else torch.as_tensor(own)
-    def among(rows):
-        part, rows, found = pick(images, rows), torch.from_numpy(rows), []
+    def among(some):
+        part, rows, found = pick(images, some), torch.from_numpy(some), []
         for flip in (False, True)[: 1 + config.hflip]:
             distance = torch.cdist(queries, flat(part.flip(3) if flip else part, config, device)).cpu()
             distance[own[:, None] == rows] = math.inf
@@ -187,7 +187,7 @@ def nearest(pixels, images, config, device, own=None):
             found.append((least, rows[at], torch.full((n,), flip)))
         return found
 
-    size = 2**26 // pixels[0].numel()  # in 64 MiB, so that any number fits
+    size = min(2**26 // pixels[0].numel(), 2**16)  # in 64 MiB, so that any number fits
     found = sum(shared_out("comparing", among, images.train, size), [])
     least, rows, mirrored = (torch.stack(part) for part in zip(*found))  # (parts and mirror images, n) each
     best = least.argmin(0, keepdim=True)
@@ -283,6 +283,7 @@ def distances(features, samples, images, sets, config):
             kid = KernelInceptionDistance(feature=same, subsets=subsets, subset_size=size,
                                           sync_on_compute=False)  # every process has all of its features
         meters[name] = FrechetInceptionDistance(feature=same), kid
+        meters[name][0].update(torch.zeros(0, same.num_features), real=True)  # a process may have no share
 
     def show(pixels, rows, names, real):
         def look(some):
@@ -370,6 +371,8 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
     images = ddpm.load_images(ddpm.override(c, seed=stored.seed), device)  # that seed chose the held-out
     require(images.channels == model.channels, f"{path} draws pictures of {model.channels} channels, and "
             f"those in {c.data_path} have {images.channels}: give the --data_path of its training.")
+    require(len({*gathered(images.fingerprint)}) == 1, "The processes see different pictures: give all of "
+            "them the same in --data_path.")
     network, missing = choose_features(features, images, c, device) if compare else (None, None)
     missing = next(filter(None, gathered(missing)), None)  # if it is in one process, all do without
     if missing:
@@ -377,6 +380,8 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         say("note", missing)
     ddpm.keep_memory()
     labels = ddpm.sample_labels(c, model.classes, c.num_samples)
+    folder = Path(c.samples_dir)
+    folder.mkdir(parents=True, exist_ok=True)  # if that cannot be, say so now
     steps = math.ceil(len(labels) / world / c.sample_batch_size) * c.sampling_steps
     with tqdm(total=steps, desc="drawing", unit="step", disable=rank > 0, leave=False) as bar:
         samples = ddpm.draw(model, diffusion, c, labels, precision, lambda *_: bar.update() and None)
@@ -428,7 +433,6 @@ def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):
         config=dataclasses.asdict(c), torch=torch.__version__, torchvision=torchvision.__version__,
         python=platform.python_version())
     written = json.dumps(result, indent=1).encode()
-    folder = Path(c.samples_dir)
     ddpm.print_files([
         plot_by_timestep(found, folder / "loss_by_timestep.png"),
         plot_copies(pairs, folder / "nearest.png", c),

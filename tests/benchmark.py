@@ -262,7 +262,7 @@ def lucidrains_program(channels, mults, lr, dim=32, device="cpu", fast=False):
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
-    model = Unet(dim=dim, dim_mults=mults, channels=channels, flash_attn=device == "cuda")
+    model = Unet(dim=dim, dim_mults=mults, channels=channels, flash_attn=fast and device == "cuda")
     diffusion = GaussianDiffusion(model, image_size=32, sampling_timesteps=25).to(device)
     ema = EMA(diffusion, beta=0.995, update_every=10)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr, betas=(0.9, 0.99))
@@ -284,6 +284,8 @@ def lucidrains_program(channels, mults, lr, dim=32, device="cpu", fast=False):
 
 def paper(name, args):
     """The programs for throughput: the paper's network, the same of diffusers, and one of about its size."""
+    if name not in PAPER + ON_A_GPU:
+        raise SystemExit(f"There is no program {name!r}: choose from {PAPER + ON_A_GPU}.")
     c, more = args.channels, dict(device=args.device, fast=args.fast)
     if name == "diffusers":
         return diffusers_program(3, (c, 2 * c, 2 * c, 2 * c), 2, [1], 2e-4, **more)
@@ -330,7 +332,7 @@ class Turns:
         began = time.perf_counter()
         for _ in range(repeats):
             Turns.work()
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         return (time.perf_counter() - began) / repeats
 

@@ -373,6 +373,22 @@ def test_fid_and_kid_are_those_of_their_definitions(script):
     assert found["training"]["kid_error"] > 0 and found["training"]["kid_subset_size"] == 30
 
 
+def test_a_process_without_a_share_adds_up_with_the_others(script, monkeypatch):
+    """All of them are asked for the figures, and torchmetrics wants to have seen the features' type."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    seen, none = [], torch.tensor(0.0)
+    monkeypatch.setattr(evaluate, "shared_out", lambda *_: [])
+    monkeypatch.setattr(FrechetInceptionDistance, "compute", lambda fid: seen.append(fid.orig_dtype) or none)
+    monkeypatch.setattr(KernelInceptionDistance, "compute", lambda kid: (none, none))
+    images = some_images(9, 3)
+    features = evaluate.load_features(script(Moments()), images.pixels[:2], "cpu")
+    sets = {"held out": images.held_out, "training": images.train}
+    evaluate.distances(features, images.pixels, images, sets, config())
+    assert seen == [torch.float32] * 2
+
+
 def test_a_set_is_at_no_distance_from_itself(script):
     images = some_images(100, 0)
     features = evaluate.load_features(script(Moments()), images.pixels[:2], "cpu")
