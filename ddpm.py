@@ -545,7 +545,7 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = zero(nn.Conv2d(c, pixel, 3, padding=1))
         for name, layer in self.named_modules():  # as in the paper's code; PyTorch's weights learn slower
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.weight.any():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.endswith(("conv2", "out")):  # these: 0
                 nn.init.xavier_uniform_(layer.weight, 2**0.5 if name.endswith("qkv") else 1)  # three in one
                 nn.init.zeros_(layer.bias)
 
