@@ -410,7 +410,7 @@ class PictureNoise:
         self.shape, self.device = shape, device
 
     def __call__(self):
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        return send(torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]), self.device)
 
 def mix(*numbers):
     """One 63-bit seed from several integers >= 0; others below 2^32 give an unrelated one, but for zeros at

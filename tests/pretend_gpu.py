@@ -1,0 +1,172 @@
+"""A GPU for machines without one: its tensors say that they are on cuda:0 and are computed with on the CPU.
+
+What a GPU would refuse is refused: a tensor of the CPU among its own. What would make the CPU wait for it is
+counted, with the function of the program that asked. Autocast is that for CUDA, whose lists are not a CPU's.
+Random numbers are the CPU's, so that a run is the same as one on the CPU, but for the order of sums. Speed,
+memory, kernels and streams are beyond it.
+
+    with pretend_gpu.there() as waits:
+        ddpm.train(config)
+    print(waits)  # Counter({"train: item": 8, ...})
+"""
+
+import contextlib
+import sys
+from collections import Counter
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.device("cuda", 0)
+ASKING = {  # operations whose result the CPU has to know before it goes on
+    "_local_scalar_dense": "item",
+    "nonzero": "nonzero",
+    "masked_select": "masked_select",
+    "equal": "equal",
+}
+# What autocast computes in bf16 or fp16 on CUDA and what in fp32, of all that the programs call: "CUDA
+# Op-Specific Behavior" in PyTorch's documentation of torch.amp.
+LOWER = """conv2d conv_transpose2d linear matmul __matmul__ mm bmm addmm baddbmm
+    scaled_dot_product_attention""".split()
+FULL = """group_norm layer_norm softmax log_softmax sum prod norm exp log pow __pow__ acos rsqrt
+    cosine_similarity mse_loss l1_loss smooth_l1_loss cumsum cumprod""".split()
+waits = Counter()
+
+
+class OnGPU(torch.Tensor):
+    """A tensor on the GPU. held: its values, on the CPU. To PyTorch's inner parts it is on the device meta,
+    which they can handle without a driver."""
+
+    device, is_cuda, is_meta = (property(lambda self, v=v: v) for v in (GPU, True, False))
+
+    @staticmethod
+    def __new__(cls, held):
+        with _disable_current_modes():
+            like = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta")
+            return torch.Tensor._make_subclass(cls, like, False)
+
+    def __init__(self, held):
+        self.held = held
+
+    def __repr__(self):
+        return f"OnGPU({self.held})"
+
+    def __reduce_ex__(self, protocol):  # to be saved
+        wait("save")
+        return self.held.__reduce_ex__(protocol)
+
+    def tolist(self):
+        wait("tolist")
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+def wait(why):
+    """Count a wait of the CPU, for the function of the program that is nearest."""
+    frame = sys._getframe()
+    while frame and not frame.f_code.co_filename.endswith(("ddpm.py", "evaluate.py")):
+        frame = frame.f_back
+    waits[f"{frame.f_code.co_name if frame else 'test'}: {why}"] += 1
+
+
+def compute(func, args, kwargs):
+    """An operation of PyTorch on tensors, some of them on the GPU, or to be created there."""
+    name = func.overloadpacket.__name__
+    tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    ours, others = ([t for t in tensors if isinstance(t, OnGPU) is on] for on in (True, False))
+    device = kwargs.get("device")
+    there = bool(ours) if device is None else torch.device(device).type in ("cuda", "meta")
+    if name in ("_to_copy", "copy_"):
+        goes = isinstance(args[0], OnGPU) if name == "copy_" else there
+        asynchronous = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+        if ours and not goes:
+            wait("to the CPU")
+        elif goes and any(t.dim() for t in others) and not asynchronous:
+            wait("to the GPU")
+    elif ours:
+        wrong = [tuple(t.shape) for t in others if t.dim()]
+        if wrong and "index" not in name:  # indices may be on the CPU
+            raise RuntimeError(f"{func}: tensors of shapes {wrong} are on the CPU, and others on {GPU}")
+        if name in ASKING:
+            wait(ASKING[name])
+
+    def held(a):
+        return a.held if isinstance(a, OnGPU) else torch.device("cpu") if isinstance(a, torch.device) else a
+
+    with _disable_current_modes():
+        result = func(*tree_map(held, args), **tree_map(held, kwargs))
+    if not there:
+        return result
+    known = {id(t.held): t for t in ours}  # an operation in place gives its own argument back
+
+    def wrapped(a):
+        return a if not isinstance(a, torch.Tensor) else known[id(a)] if id(a) in known else OnGPU(a)
+
+    return tree_map(wrapped, result)
+
+
+class Creating(TorchDispatchMode):
+    """Operations without a tensor of the GPU among their arguments, as torch.zeros(2, device=GPU)."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return compute(func, args, kwargs or {})
+
+
+class Autocasting(TorchFunctionMode):
+    """Autocast for CUDA; PyTorch's own does not see that the tensors are there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, to = kwargs or {}, None
+        if torch.is_autocast_enabled("cuda"):
+            lower = torch.get_autocast_dtype("cuda")
+            to = lower if func.__name__ in LOWER else torch.float32 if func.__name__ in FULL else None
+
+        def cast(a):
+            return a.to(to) if isinstance(a, OnGPU) and a.is_floating_point() else a
+
+        return func(*tree_map(cast, args), **tree_map(cast, kwargs)) if to else func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def there():
+    """PyTorch finds a GPU while this lasts. Yields the Counter of waits for it, empty at first."""
+    tensor, memory = torch.tensor, 80 * 2**30
+    gpu = SimpleNamespace(name="Pretended", total_memory=memory, major=9, minor=0)
+    answers = dict(
+        is_available=True,
+        device_count=1,
+        current_device=0,
+        is_bf16_supported=True,
+        get_device_capability=(9, 0),
+        get_device_properties=gpu,
+        mem_get_info=(memory, memory),
+        max_memory_allocated=10**9,
+        set_device=None,
+        manual_seed_all=None,
+        _lazy_init=None,
+    )
+
+    def on_device(*args, device=None, **kwargs):
+        made = tensor(*args, **kwargs)
+        return made if device is None else made.to(device)
+
+    waits.clear()
+    optimizer, unsure = torch.optim.Optimizer, "_accelerator_graph_capture_health_check"
+    overwriting = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to replaces parameters
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwriting)
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+        stack.enter_context(mock.patch.object(optimizer, unsure, lambda self: None, create=True))
+        stack.enter_context(mock.patch.object(torch, "tensor", on_device))
+        stack.enter_context(Creating())
+        stack.enter_context(Autocasting())
+        yield waits

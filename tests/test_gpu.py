@@ -1,0 +1,189 @@
+"""What only happens on a GPU, on a pretended one: see pretend_gpu.py for what that can show and what not."""
+
+import math
+
+import numpy as np
+import pretend_gpu
+import pytest
+import torch
+from conftest import TINY, exit_code, places, words
+from PIL import Image
+
+import ddpm
+import evaluate
+
+GPU_TINY = f"{TINY} --device cuda"  # the last --device counts
+
+
+def run(where, folder, data, *flags):
+    """A short training on the GPU or the CPU in fp32: its checkpoint."""
+    assert exit_code(ddpm.main, "--mode train", TINY, *places(folder, data), f"--device {where}", *flags) == 0
+    return ddpm.read_checkpoint(folder / "model.pt")
+
+
+def test_the_pretended_gpu_refuses_what_a_real_one_refuses_and_counts_waits():
+    with pretend_gpu.there() as waits:
+        a = torch.ones(3, device="cuda:0")
+        assert a.device == pretend_gpu.GPU and (a + 1).is_cuda and not a.cpu().is_cuda
+        with pytest.raises(RuntimeError, match="on the CPU"):
+            a + torch.ones(3)
+        assert (a * torch.tensor(2.0)).is_cuda  # a number may come from the CPU
+        assert waits == {"test: to the CPU": 1}
+        assert a.sum().item() == 3 and a.tolist() == [1, 1, 1]
+        a.to(pretend_gpu.GPU)
+        torch.ones(3).to(pretend_gpu.GPU, non_blocking=True)
+        assert waits == {"test: to the CPU": 1, "test: item": 1, "test: tolist": 1}
+        torch.ones(3).to(pretend_gpu.GPU)
+        assert waits.pop("test: to the GPU") == 1
+        squares = torch.ones(2, 2, device="cuda:0", requires_grad=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            product = squares @ squares
+            assert product.dtype == torch.bfloat16 and product.softmax(0).dtype == torch.float32
+        product.sum().backward()
+        assert squares.grad.dtype == torch.float32 and squares.grad.is_cuda
+    assert not isinstance(torch.tensor(1), pretend_gpu.OnGPU)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    (
+        "--precision bf16",
+        "--precision fp16",
+        "--precision auto --optimizer adam --hflip --dropout 0.1 --min_snr 5",
+        "--attention linear --predict x0 --loss huber --grad_accum 2",
+        "--attention none --predict eps --loss l1 --sampler dpm++ --schedule linear",
+        "--sampler ddim --eta 0.5 --holdout 0.2 --patch 2",
+        "--arch simple --batch_size 8",
+        "--arch resnet18 --image_size 32",
+        "--no_class_cond --guidance 1 --ema_decay 0",
+    ),
+)
+def test_training_and_drawing_keep_everything_on_the_gpu(flags, tmp_path, pictures, capfd, quick_plots):
+    to = places(tmp_path, pictures)
+    with pretend_gpu.there():
+        assert exit_code(ddpm.main, "--mode train", GPU_TINY, *to, flags, "--steps 3 --sample_every 2") == 0
+        assert "Pretended, 80 GiB" in capfd.readouterr().out
+        assert exit_code(ddpm.main, "--mode sample --num_samples 3 --gif", *to[2:6]) == 0
+    checkpoint = ddpm.read_checkpoint(tmp_path / "model.pt")
+    assert checkpoint["step"] == 3
+    assert all(v.device.type == "cpu" and v.isfinite().all() for v in checkpoint["weights"].values())
+
+
+def test_a_gpu_trains_and_draws_what_the_cpu_does(tmp_path, pictures, quick_plots):
+    """The same random numbers in fp32: the same weights and pictures, but for rounding. On the way there are
+    two stops, one going on from the CPU's checkpoint on the GPU, one the other way round."""
+    flags = "--steps 6 --lr 1e-3 --hflip --grad_accum 2 --save_every 3"
+    cpu = run("cpu", tmp_path / "a", pictures, flags)
+    with pretend_gpu.there():
+        gpu = run("cuda", tmp_path / "b", pictures, flags)
+    half_way = ddpm.read_checkpoint(tmp_path / "a" / "model_steps" / "step_00000003.pt")["weights"]
+    changed = 0
+    for name, weights in cpu["weights"].items():
+        torch.testing.assert_close(gpu["weights"][name], weights, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(gpu["ema"][name], cpu["ema"][name], rtol=1e-3, atol=2e-5)
+        changed = max(changed, (weights - half_way[name]).abs().max())
+    assert changed > 5e-4  # the run went somewhere
+
+    grids = []
+    for folder, on in (("a", "cpu"), ("b", "cpu"), ("b", "cuda")):
+        to = places(tmp_path / folder, pictures)[2:6]
+        sample = f"--mode sample --num_samples 3 --precision fp32 --device {on} --sampling_steps 5"
+        with pretend_gpu.there():
+            assert exit_code(ddpm.main, sample, *to) == 0
+        grids.append(np.asarray(Image.open(tmp_path / folder / "samples" / "generated_sample.png"), int))
+    assert grids[0].std() > 10
+    assert all(abs(grid - grids[0]).max() <= 2 for grid in grids)
+
+    for folder, on in (("a", "cuda"), ("b", "cpu")):  # the checkpoints of either go on with the other
+        path = ddpm.step_files(tmp_path / folder / "model.pt")[1][0]
+        to = places(tmp_path / folder, pictures)[2:6]
+        with pretend_gpu.there():
+            assert exit_code(ddpm.main, f"--mode train --device {on} --resume", path, *to) == 0
+        for name, weights in ddpm.read_checkpoint(tmp_path / folder / "model.pt")["weights"].items():
+            torch.testing.assert_close(weights, cpu["weights"][name], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("flags", ("--precision bf16", "--precision fp32 --hflip --grad_accum 2"))
+def test_a_step_does_not_wait_for_the_gpu(flags, tmp_path, pictures, quick_plots):
+    """Ten steps more without a line, checkpoint or picture among them cost not one wait more."""
+    counts = []
+    for steps in (3, 13):
+        with pretend_gpu.there() as waits:
+            run("cuda", tmp_path / str(steps), pictures, flags, f"--steps {steps} --log_every 100")
+        counts.append(dict(waits))
+    assert counts[0] == counts[1] and counts[0]["train: item"] > 0
+
+
+def test_the_counter_sees_a_wait_in_a_step(tmp_path, pictures, monkeypatch, quick_plots):
+    real, counts = ddpm.update_ema, []
+
+    def update_ema(averages, weights, *args):
+        weights[0].sum().item()
+        real(averages, weights, *args)
+
+    monkeypatch.setattr(ddpm, "update_ema", update_ema)
+    for steps in (3, 13):
+        with pretend_gpu.there() as waits:
+            run("cuda", tmp_path / str(steps), pictures, f"--steps {steps} --log_every 100")
+        counts.append(sum(waits.values()))
+    assert counts[1] - counts[0] == 10
+
+
+@pytest.mark.parametrize("sampler", ("ddpm", "ddim", "dpm++"))
+def test_drawing_does_not_wait_for_the_gpu_between_steps(sampler, tmp_path, pictures, quick_plots):
+    with pretend_gpu.there() as waits:
+        run("cuda", tmp_path, pictures, "--steps 2")
+        model, diffusion, config = ddpm.load_model(tmp_path / "model.pt", pretend_gpu.GPU)
+        counts = []
+        for steps in (2, 12):
+            waits.clear()
+            config = ddpm.override(config, sampler=sampler, sampling_steps=steps, eta=0.5, guidance=2.0)
+            ddpm.draw(model, diffusion, config, [0, 1], "bf16")
+            counts.append(dict(waits))
+    assert counts[0] == counts[1]
+
+
+def test_pictures_live_on_the_gpu_where_there_is_room(pictures, monkeypatch):
+    config = ddpm.preset("animals", data_path=str(pictures), image_size=16)
+    with pretend_gpu.there():
+        assert ddpm.load_images(config, pretend_gpu.GPU).pixels.is_cuda
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 10_000))
+        images = ddpm.load_images(config, pretend_gpu.GPU)
+        assert not images.pixels.is_cuda
+        x0, y = images.batch(0, 4, device=pretend_gpu.GPU)
+        assert x0.is_cuda and y.is_cuda
+
+
+def test_stages_that_are_computed_again_give_the_same_gradients(pictures, tmp_path, monkeypatch, quick_plots):
+    with pretend_gpu.there():
+        roomy = run("cuda", tmp_path / "a", pictures, "--steps 3 --dropout 0.2")
+        monkeypatch.setattr(ddpm, "free_memory", lambda device: 1e6)
+        tight = run("cuda", tmp_path / "b", pictures, "--steps 3 --dropout 0.2")
+    for name, weights in roomy["weights"].items():
+        assert torch.equal(tight["weights"][name], weights), name
+
+
+def test_editing_and_evaluation_on_a_gpu(tmp_path, pictures, quick_plots):
+    picture = next(pictures.rglob("*.png"))
+    with pretend_gpu.there():
+        run("cuda", tmp_path, pictures, "--steps 2 --holdout 0.3")
+        to = places(tmp_path, pictures)[2:6]
+        sample = words("--mode sample --num_samples 3", *to)
+        assert exit_code(ddpm.main, *sample, "--strength 0.8 --init_image", picture) == 0
+        assert exit_code(ddpm.main, *sample, "--mask", picture, "--init_image", picture) == 0
+        assert exit_code(ddpm.main, *sample, "--interpolate 4") == 0
+        assert exit_code(evaluate.main, "--bpd_timesteps 3 --bpd_pictures 4", *to) == 0
+
+
+def test_the_number_of_a_process_is_that_of_its_gpu(monkeypatch):
+    with pretend_gpu.there():
+        assert ddpm.choose_device("auto") == torch.device("cuda", 0)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        with pytest.raises(ddpm.UserError, match="Process 1 has no GPU"):
+            ddpm.choose_device("auto")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert ddpm.choose_device("auto") == torch.device("cuda", 1)
+        assert ddpm.choose_precision("auto", pretend_gpu.GPU) == "bf16"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # has no bf16
+        assert ddpm.choose_precision("auto", pretend_gpu.GPU) == "fp32"
+        assert math.isclose(ddpm.free_memory(pretend_gpu.GPU), 80 * 2**30)
