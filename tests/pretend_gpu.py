@@ -158,14 +158,15 @@ def there():
         return made if device is None else made.to(device)
 
     waits.clear()
-    optimizer, unsure = torch.optim.Optimizer, "_accelerator_graph_capture_health_check"
     overwriting = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to replaces parameters
     with contextlib.ExitStack() as stack:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwriting)
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
-        stack.enter_context(mock.patch.object(optimizer, unsure, lambda self: None, create=True))
+        for kind in ("accelerator", "cuda"):  # the name depends on the version
+            check = f"_{kind}_graph_capture_health_check"
+            stack.enter_context(mock.patch.object(torch.optim.Optimizer, check, lambda _: None, create=True))
         stack.enter_context(mock.patch.object(torch, "tensor", on_device))
         stack.enter_context(Creating())
         stack.enter_context(Autocasting())
