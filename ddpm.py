@@ -671,7 +671,7 @@ def to_pixels(x):
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 def send(x, device):
-    """The tensor on the device, not waiting for CUDA's earlier work (MPS could spoil it: pytorch#189690)."""
+    """The tensor on the device, waiting for CUDA only if it must (MPS could spoil it: pytorch#189690)."""
     return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
 def decode(image, size, channels):
@@ -856,8 +856,7 @@ class Images:
         return to_network(send(pixels, device)), send(self.labels[rows], device)
 
     def batch(self, step, batch_size, slice=0, slices=1, device="cpu"):
-        """x0 and labels of one slice of a step's batch: a pure function of the arguments, the seed and, for
-        flips, the state of torch's generator."""
+        """x0 and labels of a slice of a step's batch, by arguments, seed and (flips) torch's generator."""
         n, total = batch_size // slices, len(self.train)
         passes, places = np.divmod(step * batch_size + slice * n + np.arange(n), total)  # over and over again
         rows = np.concatenate([self.order(e)[places[passes == e]] for e in np.unique(passes)])
@@ -984,6 +983,7 @@ def choose_device(name):
             f"{torch.cuda.device_count()}. Give torchrun --nproc_per_node as many, or --device cpu.")
     if name == "cuda":
         torch.cuda.set_device(index)  # or every process would use the first one too
+        torch.backends.cudnn.allow_tf32 = False  # or fp32 convolutions would round to ten bits
     return torch.device(name, index)
 
 def join_processes(device):
@@ -1578,7 +1578,7 @@ def sample(config):
     def watch(start, t, x):
         bar.update()
         if start == 0:
-            way.append((t, to_pixels(x[:8]).cpu()))
+            way.append((t, to_pixels(x[:8])))  # on the GPU still, so as not to wait for it at every step
 
     batches = math.ceil(c.num_samples / world / c.sample_batch_size)
     with tqdm(total=batches * steps, unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
@@ -1587,6 +1587,7 @@ def sample(config):
         dist.destroy_process_group()
     if rank > 0:
         return crop(pixels, c)
+    way = [(t, x.cpu()) for t, x in way]
     folder, names = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
     text = dict(seed=c.seed, sampler=c.sampler, steps=steps, eta=c.eta, guidance=c.guidance,
                 classes=c.classes or "all", model=digest, version=torch.__version__)
@@ -1713,8 +1714,7 @@ def plot_forward_process(x0, config, path):
     return plot_rows({"": to_pixels(row)}, ["clean"] + [f"t = {t}" for t in ts], path, config)
 
 def plot_chain(way, names, path, config, text=None):
-    """Pictures along the reverse process. way: (t, pictures (n, C, H, W) uint8 after the step from t); names:
-    of their classes."""
+    """Pictures of the way back: way of (t, (n, C, H, W) uint8 after the step from t), names of classes."""
     some = spread(np.arange(len(way)), 9)
     titles = [f"t = {way[i + 1][0]}" if i + 1 < len(way) else "result" for i in some]  # the level they are at
     rows = torch.stack([way[i][1][:5] for i in some], dim=1)  # (n, columns, C, H, W)

@@ -1,9 +1,11 @@
 """A GPU for machines without one: its tensors say that they are on cuda:0 and are computed with on the CPU.
 
-What a GPU would refuse is refused: a tensor of the CPU among its own. What would make the CPU wait for it is
-counted, with the function of the program that asked. Autocast is that for CUDA, whose lists are not a CPU's.
-Random numbers are the CPU's, so that a run is the same as one on the CPU, but for the order of sums. Speed,
-memory, kernels and streams are beyond it.
+A tensor of the CPU among its own, or a generator of the CPU where it draws, is refused. What would make the
+CPU wait is counted, with the function of the program that asked: values that are looked at, shapes that
+depend on values, copies but those that need not be waited for (of which CUDA waits for some, if they are
+large). Autocast is that for CUDA, whose lists are not a CPU's. Random numbers are the CPU's, so that a run
+is the same as one on the CPU, but for the order of sums. Speed, kernels, streams and the memory that a step
+takes are beyond it.
 
     with pretend_gpu.there() as waits:
         ddpm.train(config)
@@ -27,6 +29,9 @@ ASKING = {  # operations whose result the CPU has to know before it goes on
     "nonzero": "nonzero",
     "masked_select": "masked_select",
     "equal": "equal",
+    "_unique2": "unique",
+    "bincount": "bincount",
+    "repeat_interleave": "repeat_interleave",
 }
 # What autocast computes in bf16 or fp16 on CUDA and what in fp32, of all that the programs call: "CUDA
 # Op-Specific Behavior" in PyTorch's documentation of torch.amp.
@@ -83,17 +88,24 @@ def compute(func, args, kwargs):
     ours, others = ([t for t in tensors if isinstance(t, OnGPU) is on] for on in (True, False))
     device = kwargs.get("device")
     there = bool(ours) if device is None else torch.device(device).type in ("cuda", "meta")
+    if there and getattr(kwargs.get("generator"), "device", GPU).type == "cpu":
+        raise RuntimeError(f"{func}: expected a generator on {GPU}")
     if name in ("_to_copy", "copy_"):
         goes = isinstance(args[0], OnGPU) if name == "copy_" else there
         asynchronous = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
         if ours and not goes:
             wait("to the CPU")
-        elif goes and any(t.dim() for t in others) and not asynchronous:
+        elif goes and others and not asynchronous:
             wait("to the GPU")
     elif ours:
+        indexing = name in ("index", "index_put_", "_index_put_impl_") and isinstance(args[0], OnGPU)
         wrong = [tuple(t.shape) for t in others if t.dim()]
-        if wrong and "index" not in name:  # indices may be on the CPU
+        if wrong and not indexing:
             raise RuntimeError(f"{func}: tensors of shapes {wrong} are on the CPU, and others on {GPU}")
+        if indexing and others:
+            wait("indices to the GPU")
+        if indexing and any(t is not None and t.dtype == torch.bool for t in args[1]):
+            wait("nonzero")
         if name in ASKING:
             wait(ASKING[name])
 
@@ -120,7 +132,8 @@ class Creating(TorchDispatchMode):
 
 
 class Autocasting(TorchFunctionMode):
-    """Autocast for CUDA; PyTorch's own does not see that the tensors are there."""
+    """Autocast for CUDA; PyTorch's own does not see that the tensors are there. Not while going back, where
+    stages may be computed again."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, to = kwargs or {}, None

@@ -1,6 +1,7 @@
 """What only happens on a GPU, on a pretended one: see pretend_gpu.py for what that can show and what not."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pretend_gpu
@@ -12,7 +13,7 @@ from PIL import Image
 import ddpm
 import evaluate
 
-GPU_TINY = f"{TINY} --device cuda"  # the last --device counts
+GPU_TINY = f"{TINY} --device cuda --precision auto"  # the last one counts
 
 
 def run(where, folder, data, *flags):
@@ -34,7 +35,16 @@ def test_the_pretended_gpu_refuses_what_a_real_one_refuses_and_counts_waits():
         torch.ones(3).to(pretend_gpu.GPU, non_blocking=True)
         assert waits == {"test: to the CPU": 1, "test: item": 1, "test: tolist": 1}
         torch.ones(3).to(pretend_gpu.GPU)
-        assert waits.pop("test: to the GPU") == 1
+        torch.tensor(1.0, device=pretend_gpu.GPU)
+        assert waits.pop("test: to the GPU") == 2
+        with pytest.raises(RuntimeError, match="on the CPU"):
+            a.index_add_(0, torch.tensor([0]), a[:1])
+        with pytest.raises(RuntimeError, match="on the CPU"):
+            torch.ones(3)[torch.zeros(1, dtype=torch.int64, device="cuda:0")]
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.rand(3, device="cuda:0", generator=torch.Generator())
+        assert a[a > 0].shape == a[torch.tensor([0, 1, 2])].shape
+        assert waits.pop("test: nonzero") == waits.pop("test: indices to the GPU") == 1
         squares = torch.ones(2, 2, device="cuda:0", requires_grad=True)
         with torch.autocast("cuda", torch.bfloat16):
             product = squares @ squares
@@ -47,9 +57,9 @@ def test_the_pretended_gpu_refuses_what_a_real_one_refuses_and_counts_waits():
 @pytest.mark.parametrize(
     "flags",
     (
-        "--precision bf16",
+        "--precision fp32",
         "--precision fp16",
-        "--precision auto --optimizer adam --hflip --dropout 0.1 --min_snr 5",
+        "--optimizer adam --hflip --dropout 0.1 --min_snr 5",
         "--attention linear --predict x0 --loss huber --grad_accum 2",
         "--attention none --predict eps --loss l1 --sampler dpm++ --schedule linear",
         "--sampler ddim --eta 0.5 --holdout 0.2 --patch 2",
@@ -62,7 +72,8 @@ def test_training_and_drawing_keep_everything_on_the_gpu(flags, tmp_path, pictur
     to = places(tmp_path, pictures)
     with pretend_gpu.there():
         assert exit_code(ddpm.main, "--mode train", GPU_TINY, *to, flags, "--steps 3 --sample_every 2") == 0
-        assert "Pretended, 80 GiB" in capfd.readouterr().out
+        told = flags.split()[1] if "--precision" in flags else "bf16"
+        assert f"Pretended, 80 GiB), {told}" in capfd.readouterr().out
         assert exit_code(ddpm.main, "--mode sample --num_samples 3 --gif", *to[2:6]) == 0
     checkpoint = ddpm.read_checkpoint(tmp_path / "model.pt")
     assert checkpoint["step"] == 3
@@ -103,12 +114,16 @@ def test_a_gpu_trains_and_draws_what_the_cpu_does(tmp_path, pictures, quick_plot
             torch.testing.assert_close(weights, cpu["weights"][name], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("room", (80 * 2**30, 10_000))
 @pytest.mark.parametrize("flags", ("--precision bf16", "--precision fp32 --hflip --grad_accum 2"))
-def test_a_step_does_not_wait_for_the_gpu(flags, tmp_path, pictures, quick_plots):
-    """Ten steps more without a line, checkpoint or picture among them cost not one wait more."""
+def test_a_step_does_not_wait_for_the_gpu(flags, room, tmp_path, pictures, monkeypatch, quick_plots):
+    """Ten steps more without a line, checkpoint or picture among them cost not one wait more, wherever the
+    pictures live."""
     counts = []
     for steps in (3, 13):
-        with pretend_gpu.there() as waits:
+        with pretend_gpu.there() as waits, monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "mem_get_info", lambda *_: (room, room))
+            patch.setattr(ddpm, "free_memory", lambda device: 1e9)  # of which the step takes what it needs
             run("cuda", tmp_path / str(steps), pictures, flags, f"--steps {steps} --log_every 100")
         counts.append(dict(waits))
     assert counts[0] == counts[1] and counts[0]["train: item"] > 0
@@ -131,40 +146,49 @@ def test_the_counter_sees_a_wait_in_a_step(tmp_path, pictures, monkeypatch, quic
 
 @pytest.mark.parametrize("sampler", ("ddpm", "ddim", "dpm++"))
 def test_drawing_does_not_wait_for_the_gpu_between_steps(sampler, tmp_path, pictures, quick_plots):
+    """All of it: reading the model, drawing, and the pictures of the way."""
     with pretend_gpu.there() as waits:
         run("cuda", tmp_path, pictures, "--steps 2")
-        model, diffusion, config = ddpm.load_model(tmp_path / "model.pt", pretend_gpu.GPU)
-        counts = []
-        for steps in (2, 12):
+        counts, to = [], places(tmp_path, pictures)[2:6]
+        for steps in (9, 19):  # of which nine are shown
             waits.clear()
-            config = ddpm.override(config, sampler=sampler, sampling_steps=steps, eta=0.5, guidance=2.0)
-            ddpm.draw(model, diffusion, config, [0, 1], "bf16")
-            counts.append(dict(waits))
-    assert counts[0] == counts[1]
+            flags = f"--mode sample --sampler {sampler} --eta 0.5 --guidance 2 --sampling_steps {steps}"
+            assert exit_code(ddpm.main, flags, *to) == 0
+            counts.append(Counter(waits))
+    more = counts[1] - counts[0]
+    assert list(more.values()) == [10] and "watch" not in str(more)  # the way's pictures come at the end
 
 
 def test_pictures_live_on_the_gpu_where_there_is_room(pictures, monkeypatch):
     config = ddpm.preset("animals", data_path=str(pictures), image_size=16)
-    with pretend_gpu.there():
+    with pretend_gpu.there(), monkeypatch.context() as patch:
         assert ddpm.load_images(config, pretend_gpu.GPU).pixels.is_cuda
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 10_000))
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 10_000))
         images = ddpm.load_images(config, pretend_gpu.GPU)
         assert not images.pixels.is_cuda
         x0, y = images.batch(0, 4, device=pretend_gpu.GPU)
         assert x0.is_cuda and y.is_cuda
 
 
-def test_stages_that_are_computed_again_give_the_same_gradients(pictures, tmp_path, monkeypatch, quick_plots):
+def test_stages_computed_again_give_the_same_gradients(pictures, tmp_path, monkeypatch, capfd, quick_plots):
     with pretend_gpu.there():
         roomy = run("cuda", tmp_path / "a", pictures, "--steps 3 --dropout 0.2")
-        monkeypatch.setattr(ddpm, "free_memory", lambda device: 1e6)
+        assert "computed again" not in capfd.readouterr().out
+        monkeypatch.setattr(ddpm, "free_memory", lambda device: 1e5)
         tight = run("cuda", tmp_path / "b", pictures, "--steps 3 --dropout 0.2")
+        assert "stages are computed again" in capfd.readouterr().out
     for name, weights in roomy["weights"].items():
         assert torch.equal(tight["weights"][name], weights), name
 
 
-def test_editing_and_evaluation_on_a_gpu(tmp_path, pictures, quick_plots):
-    picture = next(pictures.rglob("*.png"))
+def test_editing_and_evaluation_on_a_gpu(tmp_path, pictures, monkeypatch, quick_plots):
+    picture, seen = next(pictures.rglob("*.png")), []
+
+    def features(pixels):  # in the place of Inception, which would have to be downloaded
+        seen.append(pixels.is_cuda)
+        return pixels.float().flatten(1)[:, :64]
+
+    monkeypatch.setattr(evaluate, "choose_features", lambda *_: (features, None))
     with pretend_gpu.there():
         run("cuda", tmp_path, pictures, "--steps 2 --holdout 0.3")
         to = places(tmp_path, pictures)[2:6]
@@ -172,18 +196,19 @@ def test_editing_and_evaluation_on_a_gpu(tmp_path, pictures, quick_plots):
         assert exit_code(ddpm.main, *sample, "--strength 0.8 --init_image", picture) == 0
         assert exit_code(ddpm.main, *sample, "--mask", picture, "--init_image", picture) == 0
         assert exit_code(ddpm.main, *sample, "--interpolate 4") == 0
-        assert exit_code(evaluate.main, "--bpd_timesteps 3 --bpd_pictures 4", *to) == 0
+        measured = exit_code(evaluate.main, "--num_samples 6 --bpd_timesteps 3 --bpd_pictures 4", *to)
+        assert measured == 0 and seen
 
 
 def test_the_number_of_a_process_is_that_of_its_gpu(monkeypatch):
-    with pretend_gpu.there():
+    with pretend_gpu.there(), monkeypatch.context() as patch:
         assert ddpm.choose_device("auto") == torch.device("cuda", 0)
-        monkeypatch.setenv("LOCAL_RANK", "1")
+        patch.setenv("LOCAL_RANK", "1")
         with pytest.raises(ddpm.UserError, match="Process 1 has no GPU"):
             ddpm.choose_device("auto")
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
         assert ddpm.choose_device("auto") == torch.device("cuda", 1)
         assert ddpm.choose_precision("auto", pretend_gpu.GPU) == "bf16"
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # has no bf16
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # has no bf16
         assert ddpm.choose_precision("auto", pretend_gpu.GPU) == "fp32"
         assert math.isclose(ddpm.free_memory(pretend_gpu.GPU), 80 * 2**30)
