@@ -200,6 +200,13 @@ def test_editing_and_evaluation_on_a_gpu(tmp_path, pictures, monkeypatch, quick_
         assert measured == 0 and seen
 
 
+def test_fp32_is_not_rounded_to_ten_bits(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with pretend_gpu.there():
+        ddpm.choose_device("cuda")
+        assert not torch.backends.cudnn.allow_tf32
+
+
 def test_the_number_of_a_process_is_that_of_its_gpu(monkeypatch):
     with pretend_gpu.there(), monkeypatch.context() as patch:
         assert ddpm.choose_device("auto") == torch.device("cuda", 0)
