@@ -1714,7 +1714,7 @@ def plot_forward_process(x0, config, path):
     return plot_rows({"": to_pixels(row)}, ["clean"] + [f"t = {t}" for t in ts], path, config)
 
 def plot_chain(way, names, path, config, text=None):
-    """Pictures of the way back: way of (t, (n, C, H, W) uint8 after the step from t), names of classes."""
+    """The reverse process. way: list of (t, (n, C, H, W) uint8 after the step from t); names: classes."""
     some = spread(np.arange(len(way)), 9)
     titles = [f"t = {way[i + 1][0]}" if i + 1 < len(way) else "result" for i in some]  # the level they are at
     rows = torch.stack([way[i][1][:5] for i in some], dim=1)  # (n, columns, C, H, W)

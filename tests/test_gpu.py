@@ -17,7 +17,7 @@ GPU_TINY = f"{TINY} --device cuda --precision auto"  # the last one counts
 
 
 def run(where, folder, data, *flags):
-    """A short training on the GPU or the CPU in fp32: its checkpoint."""
+    """A short training on the GPU or the CPU, in fp32 unless the flags say otherwise: its checkpoint."""
     assert exit_code(ddpm.main, "--mode train", TINY, *places(folder, data), f"--device {where}", *flags) == 0
     return ddpm.read_checkpoint(folder / "model.pt")
 
@@ -81,8 +81,8 @@ def test_training_and_drawing_keep_everything_on_the_gpu(flags, tmp_path, pictur
 
 
 def test_a_gpu_trains_and_draws_what_the_cpu_does(tmp_path, pictures, quick_plots):
-    """The same random numbers in fp32: the same weights and pictures, but for rounding. On the way there are
-    two stops, one going on from the CPU's checkpoint on the GPU, one the other way round."""
+    """The same random numbers in fp32: the same weights and pictures, but for rounding. Then either run goes
+    on from half way on the other's device, to the same end."""
     flags = "--steps 6 --lr 1e-3 --hflip --grad_accum 2 --save_every 3"
     cpu = run("cpu", tmp_path / "a", pictures, flags)
     with pretend_gpu.there():
