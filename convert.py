@@ -1,11 +1,11 @@
-"""convert.py: takes a model of ddpm.py to a pipeline folder of diffusers, or one from there.
+"""convert.py: converts a model of ddpm.py to a pipeline folder of diffusers, or back.
 
-    python convert.py --to_diffusers DIR                     # the model that --mode sample draws with
+    python convert.py --to_diffusers DIR                     # the model that --mode sample uses
     python convert.py --to_diffusers DIR --classes lion      # of a model with classes: one of them, or none
     python convert.py --from_diffusers DIR                   # writes saved_models/denoise_model.pt
 
 ddpm.UNet, without --patch and --attention linear, is diffusers' UNet2DModel under other names. So nothing is
-lost on the way: the same noise gives the same pictures. This needs the package safetensors, not diffusers.
+lost: the same noise gives the same images. This needs the package safetensors, not diffusers.
 """
 
 import dataclasses
@@ -45,19 +45,23 @@ def layer_names(model):
     for side, layers in (("down", model.down), ("up", model.up)):  # a flat list in ours, in theirs by stages
         stage = block = 0
         for i, layer in enumerate(layers):
-            ours, theirs = f"{side}.{i}.", f"{side}_blocks.{stage}."
+            ours = f"{side}.{i}."
+            theirs = f"{side}_blocks.{stage}."
             if isinstance(layer, ddpm.ResAttention):
                 part(f"{ours}res.", f"{theirs}resnets.{block}.", RES)
                 part(f"{ours}attention.", f"{theirs}attentions.{block}.", ATTENTION)
                 block += 1
-            else:  # halves or doubles the sides, and ends the stage
+            else:  # downsamples or upsamples, and ends the stage
                 part(ours, f"{theirs}{side}samplers.0.", {"conv": "conv"})
-                stage, block = stage + 1, 0
+                stage += 1
+                block = 0
     return names
 
 def to_their_weights(model, label=-1):
     """The state dict of the UNet2DModel that equals a ddpm.UNet at this label, -1 for none."""
-    names, state, weights = layer_names(model), model.state_dict(), {}
+    names = layer_names(model)
+    state = model.state_dict()
+    weights = {}
     labels = state.pop("embed.labels.weight", None)
     if labels is not None:  # it is added to what the time MLP's last layer gives: so it is a bias of that
         state["embed.mlp.2.bias"] = state["embed.mlp.2.bias"] + labels[label]
@@ -70,7 +74,8 @@ def to_their_weights(model, label=-1):
 def to_our_weights(model, theirs):
     """The reverse, for a model without labels. UserError unless all is there and every tensor is used."""
     theirs = {".".join(OLD.get(word, word) for word in name.split(".")): v for name, v in theirs.items()}
-    names, weights = layer_names(model), {}
+    names = layer_names(model)
+    weights = {}
     for name, own in model.state_dict().items():
         layer, _, kind = name.rpartition(".")
         parts = [f"{n}.{kind}" for n in names[layer]]
@@ -94,15 +99,15 @@ UNET = dict(
     act_fn="silu", attention_head_dim=None, attn_norm_num_groups=None, norm_eps=1e-6,
     resnet_time_scale_shift="default", class_embed_type=None, num_class_embeds=None)
 SCHEDULER = dict(clip_sample=True, clip_sample_range=1.0, thresholding=False, rescale_betas_zero_snr=False)
-# How to draw, which binds no model. On all T steps DDPMPipeline then does what our ddpm sampler does.
-DRAWING = dict(variance_type="fixed_large", timestep_spacing="trailing", steps_offset=0)
+# How to sample, which binds no model. On all T steps DDPMPipeline then does what our ddpm sampler does.
+SAMPLING = dict(variance_type="fixed_large", timestep_spacing="trailing", steps_offset=0)
 
 # What a file means that leaves an option out, and what else may be in it.
 UNET_DEFAULTS = UNET | dict(
     _class_name=None, freq_shift=0, flip_sin_to_cos=True, downsample_padding=1, attention_head_dim=8,
     norm_eps=1e-5, norm_num_groups=32, in_channels=3, out_channels=3, layers_per_block=2, dropout=0.0,
     add_attention=True, num_train_timesteps=None)
-SCHEDULER_DEFAULTS = SCHEDULER | DRAWING | dict(
+SCHEDULER_DEFAULTS = SCHEDULER | SAMPLING | dict(
     _class_name=None, num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear",
     trained_betas=None, prediction_type="epsilon", predict_epsilon=True, set_alpha_to_one=True,
     variance_type="fixed_small", timestep_spacing="leading", dynamic_thresholding_ratio=0.995,
@@ -116,7 +121,7 @@ def unet_config(config, model):
     stages = [layer for layer in model.down if isinstance(layer, ddpm.ResAttention)][:: config.res_blocks]
     kinds = ["Attn" if isinstance(stage.attention, ddpm.Attention) else "" for stage in stages]
     return UNET | dict(
-        sample_size=model.image_size, in_channels=model.channels, out_channels=model.channels,
+        sample_size=model.image_size, in_channels=model.image_channels, out_channels=model.image_channels,
         block_out_channels=[config.channels * m for m in config.channel_mults],
         down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
         up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]],
@@ -127,7 +132,7 @@ def scheduler_config(config):
     """The scheduler_config.json of a model of ours: its very betas, whatever the schedule."""
     betas = ddpm.make_betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
     predicts = {ours: theirs for theirs, ours in PREDICTS.items()}
-    return SCHEDULER | DRAWING | dict(
+    return SCHEDULER | SAMPLING | dict(
         _class_name="DDPMScheduler", num_train_timesteps=config.timesteps, trained_betas=betas.tolist(),
         prediction_type=predicts[config.predict])
 
@@ -136,7 +141,7 @@ def compare(given, known, ours, **choices):
     choices = {name: [value] for name, value in ours.items()} | choices
     for name, value in given.items():
         require(name in {*known, *choices} or name[0] == "_" or value is None,
-                f"{name} is {value}, an option that ddpm.py has not. Keep this model in diffusers.")
+                f"{name} is {value}, an option that ddpm.py does not have. Keep this model in diffusers.")
         can = choices.get(name, [value])
         require(value in can, f"{name} is {value} where ddpm.py can only have {' or '.join(map(str, can))}. "
                 "Train a model with that, or keep this one in diffusers.")
@@ -156,7 +161,8 @@ def read_unet(given, **settings):
     ddpm.check(config)
     with torch.device("meta"):  # no memory for weights
         model = ddpm.build_model(config, given["in_channels"], [])
-    side, attending = model.image_size, {widths[i] for i in ([*at, -1] if given["add_attention"] else at)}
+    side = model.image_size
+    attending = {widths[i] for i in ([*at, -1] if given["add_attention"] else at)}
     compare(given, UNET_DEFAULTS, unet_config(config, model), sample_size=[side, [side, side]],
             attention_head_dim=[heads if attending <= {heads} else None], act_fn=["silu", "swish"],
             attn_norm_num_groups=[None, given["norm_num_groups"]], time_embedding_dim=[None, 4 * widths[0]])
@@ -180,7 +186,9 @@ def read_scheduler(given):
 
 def find_schedule(betas):
     """The name, beta_start and beta_end of our schedule that gives these betas to one in 10,000."""
-    first, last, betas = betas[0], betas[-1], torch.tensor(betas, dtype=torch.float64)
+    first = betas[0]
+    last = betas[-1]
+    betas = torch.tensor(betas, dtype=torch.float64)
     tail = (last - first) / (math.exp(6) - 1)  # what a sigmoid from -6 to 6 leaves out at either end
     for name in ddpm.FIELDS["schedule"].metadata["choices"] if 0 < first <= last else ():
         start, end = (first - tail, last + tail) if name == "sigmoid" else (first, last)
@@ -211,9 +219,8 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
             ("beta_end", diffusion.abar.min() > 1e-37, "0.02")):  # diffusers has abar_t in float32
         require(fits, f"{model_path} was trained with --{name} {getattr(config, name)}, which diffusers "
                 f"cannot express: train one with --{name} {use}.")
-    require("," not in (classes or ""), f"--classes {classes}: give one, since a folder draws one class.")
-    one = ddpm.override(config, classes=classes)
-    label = ddpm.sample_labels(one, model.classes, 1)[0] if classes else -1
+    require("," not in (classes or ""), f"--classes {classes}: give one, since a folder samples one class.")
+    label = ddpm.sample_labels(classes, model.class_names, 1)[0] if classes else -1
     index = dict(_class_name="DDPMPipeline", unet=["diffusers", "UNet2DModel"],
                  scheduler=["diffusers", "DDPMScheduler"])
     files = {"model_index.json": index, "unet/config.json": unet_config(config, model),
@@ -227,11 +234,11 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
         if folder.exists():
             folder.rmdir()  # it is empty
         os.rename(Path(place, folder.name), folder)
-    print(f"model     {model_path}, {'averaged (EMA)' if ema else 'plain'} weights")
-    if model.classes:
-        print(f"class     {classes or 'none; --classes takes one of ' + ', '.join(model.classes)}")
-    if config.image_size == 28:
-        print("note: its pictures of 28 pixels are 32 in diffusers, with a border of 2 to cut off")
+    print(f"model     {model_path}, {'EMA' if ema else 'plain'} weights")
+    if model.class_names:
+        print(f"class     {classes or 'none; --classes takes one of ' + ', '.join(model.class_names)}")
+    if model.image_size != config.image_size:
+        print("note: its images of 28 pixels are 32 in diffusers, with a border of 2 to crop")
     return [str(folder / name) for name in files]
 
 def read_json(path):
@@ -259,11 +266,13 @@ def from_diffusers(folder, model_path):
     require(not Path(model_path).is_dir(), f"--model_path {model_path} is a folder: give a file's name.")
     whole = (folder / "unet").is_dir()
     unet, scheduler = [folder / part if whole else folder for part in ("unet", "scheduler")]
-    index, scheduler = folder / "model_index.json", scheduler / "scheduler_config.json"
+    index = folder / "model_index.json"
+    scheduler = scheduler / "scheduler_config.json"
     try:
         parts = {*(read_json(index) if index.exists() else ())} - {"unet", "scheduler"}
         parts = ", ".join(sorted(part for part in parts if part[0] != "_"))
-        require(not parts, f"it is a pipeline with {parts}, which ddpm.py has not. Keep it in diffusers.")
+        require(not parts, f"it is a pipeline with {parts}, which ddpm.py does not have. Keep it in "
+                "diffusers.")
         if whole or scheduler.exists():
             settings = read_scheduler(read_json(scheduler))
         else:
@@ -276,12 +285,23 @@ def from_diffusers(folder, model_path):
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
         raise UserError(f"{folder} cannot be converted: a file of its settings is damaged, or lacks one "
                         f"({type(e).__name__}: {e}). Get it anew.") from None
-    count, c = sum(v.numel() for v in weights.values()), config
-    ddpm.set_aside(Path(model_path), ddpm.step_files(model_path)[0])
-    state = dict(format=ddpm.FORMAT, config=dataclasses.asdict(config), classes=[], channels=model.channels,
-                 data=None, held_out=[], step=0, seconds=0.0, weights=weights, ema=weights)
-    print(f"network   unet, {count:,} parameters, {c.image_size}x{c.image_size}, {model.channels} channels\n"
-          f"diffusion T {c.timesteps}, {c.schedule}, predicts {c.predict}")
+    count = sum(v.numel() for v in weights.values())
+    ddpm.set_aside(Path(model_path))
+    ddpm.set_aside(ddpm.step_folder(model_path))
+    state = dict(
+        format=ddpm.FORMAT,
+        config=dataclasses.asdict(config),
+        classes=[],
+        channels=model.image_channels,
+        data=None,
+        held_out=[],
+        step=0,
+        seconds=0.0,
+        weights=weights,
+        ema=weights)
+    print(f"network   unet, {count:,} parameters, {config.image_size}x{config.image_size}, "
+          f"{model.image_channels} channels\n"
+          f"diffusion T {config.timesteps}, {config.schedule}, predicts {config.predict}")
     return ddpm.atomic_write(model_path, lambda f: torch.save(state, f))
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -289,18 +309,29 @@ def from_diffusers(folder, model_path):
 def main(argv=None):
     """Run a command line and return its exit code."""
     parser = ddpm.Parser("convert.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    way, default = parser.add_mutually_exclusive_group(required=True), ddpm.Config.model_path
-    way.add_argument("--to_diffusers", metavar="DIR", help="write a pipeline folder of diffusers")
-    way.add_argument("--from_diffusers", metavar="DIR", help="read one")
-    parser.add_argument("--model_path", metavar="PATH", default=default, help="checkpoint to read or write "
-                        f"(default: {default}; to read, else the one that comes with ddpm.py)")
-    parser.add_argument("--classes", metavar="NAME", help="the class for the folder to draw (default: none)")
-    parser.add_argument("--no_ema", action="store_true", help="take the plain weights, not the averaged ones")
-    given = ddpm.parse(parser, {}, sys.argv[1:] if argv is None else argv)
-    classes, ema = given.get("classes"), not given["no_ema"]
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to_diffusers", metavar="DIR", help="write a pipeline folder of diffusers")
+    direction.add_argument("--from_diffusers", metavar="DIR", help="read one")
+    default = ddpm.Config.model_path
+    parser.add_argument(
+        "--model_path",
+        metavar="PATH",
+        default=default,
+        help=f"checkpoint to read or write (default: {default}; to read, else the one included with ddpm.py)")
+    parser.add_argument(
+        "--classes",
+        metavar="NAME",
+        help="the class for the folder to sample (default: none)")
+    parser.add_argument(
+        "--no_ema",
+        action="store_true",
+        help="take the plain weights, not the EMA weights")
+    given = parser.parse(sys.argv[1:] if argv is None else argv)
+    classes = given.get("classes")
+    ema = not given["no_ema"]
     def work():
         if "to_diffusers" in given:
-            path = ddpm.find_model(ddpm.override(ddpm.Config(), model_path=given["model_path"]))
+            path = ddpm.find_model(given["model_path"])
             ddpm.print_files(to_diffusers(path, given["to_diffusers"], classes, ema))
         else:
             require(ema and not classes, "--classes and --no_ema are for --to_diffusers, since a folder of "

@@ -1,13 +1,12 @@
-"""ddpm.py: a denoising diffusion model in one file. It learns from a folder of pictures and draws new ones.
+"""ddpm.py: a denoising diffusion model in one file: trains on a folder of images, samples new ones.
 
-    python ddpm.py --mode train                              # the five animals; ten minutes on two cores
-    python ddpm.py --mode sample                             # draws with the model just trained
-    python ddpm.py --mode train --data_path MY_PICTURES      # your own, flat or one sub-folder a class
+    python ddpm.py --mode train                         # the five animals; ten minutes on two cores
+    python ddpm.py --mode sample                        # sample from the model just trained
+    python ddpm.py --mode train --data_path MY_IMAGES   # flat, or one sub-folder per class
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10
 
-docs/animals.png is what the first one's model draws; docs/results.md has all figures and their commands.
-This file reads from top to bottom: settings, schedules, diffusion process, samplers, networks, data, EMA and
-checkpoints, training, sampling, pictures, command line. Papers, cited below by name:
+docs/animals.png shows samples of the first command's model; docs/results.md has all figures and
+their commands. Each chapter starts with a ruler line. Papers, cited below by name:
 
     Ho et al. 2020, Denoising diffusion probabilistic models             arXiv:2006.11239
     Song et al. 2021, Denoising diffusion implicit models                arXiv:2010.02502
@@ -25,20 +24,21 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import enum
 import glob
 import hashlib
 import json
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
 import typing
 import zipfile
-from collections import Counter, OrderedDict, namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,619 +48,776 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
-from torch.utils.checkpoint import checkpoint as compute_again
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 FORMAT = 1  # of checkpoints; raised when an older file can no longer be read as it is
 
 class UserError(Exception):
-    """Something the user can mend: the message names the thing, what was expected and the remedy."""
+    """Something that the user can fix: what is wrong, what was expected and the remedy."""
 
 def require(condition, message):
     if not condition:
         raise UserError(message)
 
-def shown(text):
-    """The text with all that could steer a terminal, or break the line, spelt out as in \\x1b."""
+def printable(text):
+    """The text with all that could steer a terminal or break the line escaped, as in \\x1b."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
-# --------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
-def flag(default, meaning, low=None, high=math.inf, choices=None, group=None):
-    """A setting: default, meaning, bounds or choices, and, where a group of --help begins, its name."""
-    limits = dict(meaning=meaning, low=low, high=high, choices=choices and choices.split(), group=group)
-    return dataclasses.field(default=default, metadata=limits)
+# What a stored setting may be changed for: to resume its run, to sample from its model, or both.
+RESUME = ("resume",)
+SAMPLE = ("sample",)
+BOTH = ("resume", "sample")
 
-DATASETS = {  # what torchvision calls them, and the parts that are taken of those that have parts
+def flag(default, meaning, low=None, high=math.inf, choices=None, group=None, change=(),
+         stored=True):
+    """A setting. choices: separated by blanks. group: the heading in --help that it begins.
+    change: see above. stored: False if the value in a checkpoint is never used."""
+    metadata = dict(meaning=meaning, low=low, high=high, group=group, change=change, stored=stored)
+    metadata["choices"] = choices.split() if choices else None
+    return dataclasses.field(default=default, metadata=metadata)
+
+DATASETS = {  # torchvision's name of each
     "cifar10": "CIFAR10", "fashion_mnist": "FashionMNIST", "mnist": "MNIST",
-    "flowers102": "Flowers102 train val test", "celeba": "CelebA train"}
+    "flowers102": "Flowers102", "celeba": "CelebA"}
 
 @dataclasses.dataclass
 class Config:
-    """Every setting with its default (together: `animals`) and meaning: the command line is made of it."""
-    preset: str = flag("animals", "start from this recipe; any other flag overrides it", group="recipe")
-    data_path: str = flag("animal_data", f"folder of pictures, or one of {' '.join(DATASETS)}", group="data")
-    download_dir: str = flag("data", "folder for downloads and for the cache of decoded pictures")
-    image_size: int = flag(64, "side of the square pictures, in pixels", 8, 1024)
-    max_images: int | None = flag(None, "at most so many pictures, drawn by --seed (default: all)", 1, 10**12)
-    hflip: bool = flag(False, "mirror half of the training pictures, left to right")
-    holdout: float = flag(0.0, "share of the pictures kept out of training, to measure on", 0, 0.9)
+    """Every setting, its default (preset `animals`) and meaning. The command line is made of it."""
+    preset: str = flag("animals", "recipe; any other flag overrides it", group="recipe")
+    data_path: str = flag("animal_data", f"folder, or one of {' '.join(DATASETS)}", group="data")
+    download_dir: str = flag("data", "folder for downloads and decoded images", change=RESUME)
+    image_size: int = flag(64, "side of the square images, in pixels", 8, 1024)
+    max_images: int | None = flag(None, "use at most N random images (default: all)", 1, 10**12)
+    hflip: bool = flag(False, "mirror half of the training images, left to right")
+    holdout: float = flag(0.0, "fraction of the images kept for validation", 0, 0.9)
     timesteps: int = flag(1000, "number of noise levels T", 10, 100_000, group="diffusion")
-    schedule: str = flag("cosine", "how noise grows", choices="linear cosine quadratic exponential sigmoid")
+    schedule: str = flag("cosine", "noise schedule",
+                         choices="linear cosine quadratic exponential sigmoid")
     beta_start: float | None = flag(None, "first beta (default: 1e-4 * 1000 / T)", 1e-8, 0.999)
     beta_end: float | None = flag(None, "last beta (default: 0.02 * 1000 / T)", 1e-8, 0.999)
     predict: str = flag("x0", "what the network predicts", choices="eps x0 v")
-    loss: str = flag("l2", "distance of the prediction from its target", choices="l2 l1 huber")
-    min_snr: float = flag(0.0, "gamma of min-SNR weighting; 5 is usual, 0 is off", 0, 1e6)
+    loss: str = flag("l2", "loss between prediction and target", choices="l2 l1 huber")
+    min_snr: float = flag(0.0, "gamma of min-SNR loss weighting; 5 is usual, 0 is off", 0, 1e6)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
-    channels: int = flag(24, "width of the first stage (unet, simple)", 4, 4096)
-    channel_mults: tuple[int, ...] = flag((1, 2, 4, 6), "width of each stage, times --channels (unet)", 1, 64)
-    patch: int = flag(2, "side of the squares of pixels that are folded into channels at first (unet)", 1, 16)
-    res_blocks: int = flag(1, "residual blocks a stage going down; one more going up (unet)", 1, 16)
-    attention: str = flag("full", "kind, in the stages of --attention_at (unet)", choices="full linear none")
-    attention_at: tuple[int, ...] = flag((), "sides of stages with attention (default: last two)", 1, 1024)
+    channels: int = flag(24, "channels of the first stage (unet, simple)", 4, 4096)
+    channel_mults: tuple[int, ...] = flag(
+        (1, 2, 4, 6), "channels of each stage, as multiples of --channels (unet)", 1, 64)
+    patch: int = flag(2, "side of the pixel squares that become channels (unet)", 1, 16)
+    res_blocks: int = flag(1, "residual blocks per stage, one more in the decoder (unet)", 1, 16)
+    attention: str = flag("full", "kind of attention (unet)", choices="full linear none")
+    attention_at: tuple[int, ...] = flag(
+        (), "sides of the feature maps with attention (default: of the last two stages)", 1, 1024)
     dropout: float = flag(0.0, "dropout inside residual blocks (unet)", 0, 0.95)
-    class_cond: bool = flag(True, "learn the classes, where the data has two or more")
-    label_dropout: float = flag(0.1, "share of training pictures whose label is hidden, for --guidance", 0, 1)
+    class_cond: bool = flag(True, "condition on the class, where the data has two or more")
+    label_dropout: float = flag(0.1, "fraction of labels hidden in training, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
-    steps: int | None = flag(3000, "length of training: optimiser steps,", 1, 10**12, group="training")
-    epochs: float | None = flag(None, "or passes over the pictures,", 1e-6, 1e9)
-    minutes: float | None = flag(None, "or minutes by the clock", 1e-3, 1e7)
-    batch_size: int = flag(16, "pictures an optimiser step sees, over all processes and slices", 1, 10**6)
-    grad_accum: int = flag(1, "slices that a batch is computed in, one by one, to save memory", 1, 10**6)
+    steps: int | None = flag(3000, "optimiser steps,", 1, 10**12, group="training", change=RESUME)
+    epochs: float | None = flag(None, "or epochs,", 1e-6, 1e9, change=RESUME)
+    minutes: float | None = flag(None, "or a time budget in minutes", 1e-3, 1e7, change=RESUME)
+    batch_size: int = flag(16, "images per optimiser step, over all processes", 1, 10**6)
+    grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change=RESUME)
     lr: float = flag(1e-3, "learning rate after warm-up", 1e-9, 10)
     optimizer: str = flag("adamw", "optimiser", choices="adam adamw")
     weight_decay: float = flag(0.0, "weight decay, decoupled with adamw", 0, 10)
-    lr_schedule: str = flag("cosine", "rate after warm-up, kept or falling to 0", choices="constant cosine")
-    warmup_steps: int = flag(100, "steps over which the rate rises from 0", 0, 10**9)
+    lr_schedule: str = flag("cosine", "learning rate after warm-up", choices="constant cosine")
+    warmup_steps: int = flag(100, "steps over which the learning rate rises from 0", 0, 10**9)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off", 0, 1e9)
-    ema_decay: float = flag(0.999, "largest decay of the averaged weights; 0 is no averaging", 0, 0.999999)
-    precision: str = flag("auto", "of the network; auto: bf16 if built in", choices="auto fp32 bf16 fp16")
-    compile: bool = flag(False, "torch.compile the network: slow to start, then faster on a GPU")
-    device: str = flag("auto", "where to compute", choices="auto cpu cuda mps")
-    seed: int = flag(0, "seed of everything random", 0, 2**63 - 1)
-    resume: str | None = flag(None, "go on with a run: a step checkpoint, or the latest", group="running")
-    init_from: str | None = flag(None, "start a new run from the weights in this checkpoint")
-    save_every: int = flag(500, "steps between checkpoints", 1, 10**9)
-    sample_every: int = flag(1500, "steps between pictures in --samples_dir", 1, 10**9)
-    log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9)
-    keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6)
-    logger: str = flag("none", "tracker to tell as well", choices="none tensorboard wandb")
-    dry_run: bool = flag(False, "check data, shapes and memory on one batch, then exit")
-    model_path: str = flag("saved_models/denoise_model.pt", "what train writes, sample reads", group="places")
-    samples_dir: str = flag("samples", "folder for pictures, plots and metrics.jsonl")
-    num_samples: int = flag(25, "pictures to draw", 1, 10**7, group="sampling")
-    sample_batch_size: int = flag(64, "pictures drawn at a time", 1, 10**5)
-    sampler: str = flag("ddpm", "way back from noise", choices="ddpm ddim dpm++")
-    sampling_steps: int = flag(20, "steps from pure noise to a picture, at most T", 1, 10**5)
-    eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1)
-    classes: str | None = flag(None, "draw only these, as in lion,tiger (default: all in turn)")
-    guidance: float = flag(2.0, "strength of classifier-free guidance; 1 is off", 0, 100)
-    ema: bool = flag(True, "draw with the averaged weights")
-    individual: str | None = flag(None, "also write every picture by itself, into this folder")
-    gif: bool = flag(False, "also write the reverse process as an animation")
-    init_image: str | None = flag(None, "start from this picture instead of noise")
-    strength: float | None = flag(None, "share of the way to noise (default: 0.5; with --mask 1)", 0.001, 1)
-    mask: str | None = flag(None, "redraw --init_image where this picture is white, and only there")
-    interpolate: int | None = flag(None, "go from the first picture of --seed to this seed's", 0, 2**63 - 1)
+    ema_decay: float = flag(0.999, "largest decay of the EMA weights; 0 is off", 0, 0.999999)
+    precision: str = flag("auto", "number format of the network; auto: bf16 where it is built in",
+                          choices="auto fp32 bf16 fp16", change=SAMPLE)
+    compile: bool = flag(False, "torch.compile the network; for long runs on a GPU", change=RESUME)
+    checkpointing: bool = flag(False, "recompute activations, to save memory (unet)", change=RESUME)
+    device: str = flag("auto", "where to compute", choices="auto cpu cuda mps", change=BOTH)
+    seed: int = flag(0, "seed of everything random", 0, 2**63 - 1, change=SAMPLE)
+    resume: str | None = flag(None, "resume a run: from this step checkpoint, or the latest",
+                              group="running", change=RESUME, stored=False)
+    init_from: str | None = flag(None, "start from these weights", change=RESUME, stored=False)
+    save_every: int = flag(500, "steps between checkpoints", 1, 10**9, change=RESUME)
+    sample_every: int = flag(1500, "steps between grids of samples", 1, 10**9, change=RESUME)
+    log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9, change=RESUME)
+    keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6, change=RESUME)
+    logger: str = flag("none", "also log to", choices="none tensorboard wandb", change=RESUME)
+    dry_run: bool = flag(False, "check data and memory with one step, then exit", change=RESUME)
+    model_path: str = flag("saved_models/denoise_model.pt", "what train writes and sample reads",
+                           group="places", change=BOTH)
+    samples_dir: str = flag("samples", "folder for images, plots and metrics.jsonl", change=BOTH)
+    num_samples: int = flag(25, "images to sample", 1, 10**7, group="sampling", change=BOTH)
+    sample_batch_size: int = flag(64, "images sampled at a time", 1, 10**5, change=BOTH)
+    sampler: str = flag("ddpm", "sampling algorithm", choices="ddpm ddim dpm++", change=BOTH)
+    sampling_steps: int = flag(20, "steps from noise to image, at most T", 1, 10**5, change=BOTH)
+    eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1, change=BOTH)
+    classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change=BOTH)
+    guidance: float = flag(2.0, "scale of classifier-free guidance; 1 is off", 0, 100, change=BOTH)
+    ema: bool = flag(True, "sample with the EMA weights", change=BOTH)
+    individual: str | None = flag(None, "folder for single images too", change=BOTH, stored=False)
+    gif: bool = flag(False, "also write the reverse process as an animation", change=BOTH)
+    init_image: str | None = flag(None, "image to start from, not noise", change=BOTH, stored=False)
+    strength: float | None = flag(None, "how far back towards noise (default: 0.5; with --mask 1)",
+                                  0.001, 1, change=BOTH, stored=False)
+    mask: str | None = flag(None, "inpaint where this image is white", change=BOTH, stored=False)
+    interpolate: int | None = flag(None, "go from the first image of --seed to that of this seed",
+                                   0, 2**63 - 1, change=BOTH, stored=False)
 
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
-GROUPS = {}  # name of a group -> its settings
-for _f in FIELDS.values():  # one that names no group is in that of the one before
-    GROUPS.setdefault(_f.metadata["group"] or list(GROUPS)[-1], []).append(_f.name)
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 LENGTHS = ("steps", "epochs", "minutes")
-# What belongs to one command, and is never taken from a checkpoint.
-EDITING = ("init_image", "strength", "mask", "interpolate")
-FOR_ONCE = ("resume", "init_from", "individual", *EDITING)
-# What --mode sample may be told, and what a resumed run may change; the rest is fixed by the checkpoint.
-FOR_SAMPLING = {*GROUPS["places"], *GROUPS["sampling"], "device", "precision", "seed"}
-FOR_RESUMING = {*GROUPS["places"], *GROUPS["sampling"], *GROUPS["running"], *LENGTHS,
-                "device", "compile", "grad_accum", "download_dir"}
 
-FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128, num_samples=50)
-PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False, guidance=1.0,
-             optimizer="adam", sampling_steps=50)  # Ho et al. 2020, made small
-LITERAL = dict(PLAIN, beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
-FLOWERS = dict(LITERAL, data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
+def flag_groups():
+    """{heading of --help: names of its settings}; no group means the last one named."""
+    groups = {}
+    heading = ""
+    for name, field in FIELDS.items():
+        heading = field.metadata["group"] or heading
+        groups.setdefault(heading, []).append(name)
+    return groups
+
+def changeable(command):
+    """The settings of a checkpoint that may change to "resume" its run or "sample" from it."""
+    return {name for name, field in FIELDS.items() if command in field.metadata["change"]}
+
+FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128,
+               num_samples=50)
+PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False,
+             guidance=1.0, optimizer="adam", sampling_steps=50)  # Ho et al. 2020, made small
+LITERAL = PLAIN | dict(
+    beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
+FLOWERS = LITERAL | dict(
+    data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
 PRESETS = {
     "animals": dict(),
-    "fashion_mnist": dict(
-        FASHION, channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
+    "fashion_mnist": FASHION | dict(
+        channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
         guidance=1.5, sampling_steps=30),
-    "animals_cnn": dict(PLAIN, arch="simple", predict="x0", batch_size=32, epochs=600),
-    "cifar10_resnet18": dict(
-        PLAIN, data_path="cifar10", arch="resnet18", timesteps=500, schedule="cosine", optimizer="adamw",
-        lr=1e-4, weight_decay=0.01, batch_size=10, epochs=20, warmup_steps=0, hflip=True, save_every=5000,
-        sample_every=5000),
+    "animals_cnn": PLAIN | dict(arch="simple", predict="x0", batch_size=32, epochs=600),
+    "cifar10_resnet18": PLAIN | dict(
+        data_path="cifar10", arch="resnet18", timesteps=500, schedule="cosine", optimizer="adamw",
+        lr=1e-4, weight_decay=0.01, batch_size=10, epochs=20, warmup_steps=0, hflip=True,
+        save_every=5000, sample_every=5000),
     "fashion_mnist_annotated": FASHION | LITERAL | dict(
-        timesteps=200, loss="huber", channels=28, channel_mults=(1, 2, 4), res_blocks=2, attention="linear",
-        attention_at=(32, 16, 8), epochs=5),
+        timesteps=200, loss="huber", channels=28, channel_mults=(1, 2, 4), res_blocks=2,
+        attention="linear", attention_at=(32, 16, 8), epochs=5),
     "fashion_mnist_small": FASHION | PLAIN | dict(
         channels=16, channel_mults=(1, 2, 2), attention="none", epochs=5),
-    "flowers_simple": dict(FLOWERS, arch="simple", timesteps=600, epochs=25),
-    "flowers_attention": dict(FLOWERS, patch=2, channel_mults=(1, 2, 4, 8), attention="linear",
-                              attention_at=(32, 16, 8), timesteps=300, epochs=100),
-    "cifar10": dict(
-        PLAIN, data_path="cifar10", image_size=32, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2,
-        attention_at=(16,), dropout=0.1, lr=2e-4, lr_schedule="constant", warmup_steps=5000, hflip=True,
-        ema_decay=0.9999, batch_size=128, steps=800_000, save_every=5000, sample_every=5000, log_every=100,
-        num_samples=64),
+    "flowers_simple": FLOWERS | dict(arch="simple", timesteps=600, epochs=25),
+    "flowers_attention": FLOWERS | dict(
+        patch=2, channel_mults=(1, 2, 4, 8), attention="linear", attention_at=(32, 16, 8),
+        timesteps=300, epochs=100),
+    "cifar10": PLAIN | dict(
+        data_path="cifar10", image_size=32, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2,
+        attention_at=(16,), dropout=0.1, lr=2e-4, lr_schedule="constant", warmup_steps=5000,
+        hflip=True, ema_decay=0.9999, batch_size=128, steps=800_000, save_every=5000,
+        sample_every=5000, log_every=100, num_samples=64),
 }
 
 def override(config, **given):
     """A copy of `config` with the given settings; a given length of training replaces any other."""
-    unknown, lengths = [*given.keys() - FIELDS.keys()], [n for n in LENGTHS if given.get(n) is not None]
-    require(not unknown, f"There is no setting {', '.join(unknown)}: they are the fields of Config.")
-    require(len(lengths) < 2, f"--{' and --'.join(lengths)} both set the length of training: give one.")
-    return dataclasses.replace(config, **(dict.fromkeys(LENGTHS) if lengths else {}) | given)
+    unknown = given.keys() - FIELDS.keys()
+    require(not unknown,
+            f"There is no setting {', '.join(unknown)}: they are the fields of Config.")
+    lengths = [name for name in LENGTHS if given.get(name) is not None]
+    require(len(lengths) < 2,
+            f"--{' and --'.join(lengths)} both set the length of training: give one.")
+    if lengths:
+        given = dict.fromkeys(LENGTHS) | given
+    return dataclasses.replace(config, **given)
 
 def preset(name, **overrides):
-    """The Config of a recipe in PRESETS, with any settings overridden: preset("cifar10", steps=10)."""
+    """The Config of a recipe in PRESETS, with settings overridden: preset("cifar10", steps=10)."""
     require(name in PRESETS, f"There is no preset {name!r}: choose from {', '.join(PRESETS)}.")
     config = override(Config(preset=name), **PRESETS[name])
     if overrides.get("schedule", config.schedule) != config.schedule:
-        config = override(config, beta_start=None, beta_end=None)  # they belong to the recipe's own schedule
+        config = override(config, beta_start=None, beta_end=None)  # of the recipe's schedule
     return override(config, **overrides)
 
 def check(config):
-    """Raise UserError for the first setting that is out of its range or clashes with another."""
-    c = config
-    for name, f in FIELDS.items():
-        value, low, high, choices = getattr(c, name), *(f.metadata[k] for k in ("low", "high", "choices"))
-        if choices:
-            require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}.")
-        kinds = {*typing.get_args(f.type), f.type}  # float | None -> float, NoneType, float | None
-        kinds |= {int} if float in kinds else set()
-        values = [value]
-        if typing.get_origin(f.type) is tuple:  # in the place of a tuple, anything else is as bad as None
-            values = value if type(value) is tuple else [None]
-        # A checkpoint can hold no other types, and the name of a file no \0.
-        good = all(type(v) in kinds and not (type(v) is str and "\0" in v) for v in values)
-        require(good, f"--{name} {value!r}: give {f.type.__name__ if isinstance(f.type, type) else f.type}.")
-        for v in values:
-            good = low is None or v is None or low <= v <= high and v != math.inf
-            require(good, f"--{name} {v} is out of range: give {low} to {high}.")
-    require(c.channel_mults, "--channel_mults is empty: give a number for each stage, as in 1 2 2.")
-    require(any(getattr(c, n) for n in LENGTHS), "No length: give one of --steps, --epochs, --minutes.")
-    T, (start, end) = c.timesteps, beta_range(c.timesteps, c.beta_start, c.beta_end)
-    require(c.schedule != "cosine" or not (c.beta_start or c.beta_end),
+    """Raise UserError for the first setting that is out of its range or contradicts another."""
+    for name, field in FIELDS.items():
+        check_value(name, getattr(config, name), field)
+    check_diffusion(config)
+    check_sampling(config)
+    check_network(config)
+    require(any(getattr(config, name) for name in LENGTHS),
+            "No length of training: give one of --steps, --epochs, --minutes.")
+    require(not (config.resume and config.init_from),
+            "--resume continues a run and --init_from starts one: give one of them.")
+
+def check_value(name, value, field):
+    """Raise UserError unless the value has the type, range and choices of its field of Config."""
+    choices = field.metadata["choices"]
+    if choices:
+        require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}.")
+    types = {field.type, *typing.get_args(field.type)}  # of float | None: float and NoneType too
+    if float in types:
+        types.add(int)
+    values = [value]
+    if typing.get_origin(field.type) is tuple:
+        values = value if type(value) is tuple else [None]  # None is none of its types
+    type_name = field.type.__name__ if isinstance(field.type, type) else field.type
+    low, high = field.metadata["low"], field.metadata["high"]
+    for v in values:
+        is_path = type(v) is not str or "\0" not in v  # no file name holds a zero byte
+        require(type(v) in types and is_path, f"--{name} {value!r}: give {type_name}.")
+        if low is not None and v is not None:
+            require(low <= v <= high and v != math.inf,
+                    f"--{name} {v} is out of range: give {low} to {high}.")
+
+def check_diffusion(config):
+    T, start, end = config.timesteps, config.beta_start, config.beta_end
+    require(config.schedule != "cosine" or not (start or end),
             "--schedule cosine has no --beta_start and --beta_end: leave them out.")
-    require(start <= end, f"--beta_start {start:g} is above --beta_end {end:g}: noise has to grow.")
-    require(make_diffusion(c).abar[-2] > 1e-60, f"--timesteps {T} of such betas leave nothing of a picture: "
-            "give fewer, or smaller --beta_start and --beta_end.")
-    require(c.sampling_steps <= T, f"--sampling_steps {c.sampling_steps} is more than --timesteps {T}.")
-    require(not (c.resume and c.init_from), "--resume goes on with a run, --init_from starts one: give one.")
-    require(c.init_image or not (c.mask or c.strength), "--mask and --strength need --init_image FILE.")
-    require(c.interpolate is None or not c.init_image, "--interpolate and --init_image: give one.")
-    require(c.interpolate != c.seed, f"--interpolate {c.seed} is --seed as well: give two different ones.")
-    side, unet = network_size(c.image_size), c.patch * 2 ** (len(c.channel_mults) - 1)
-    stride = {"unet": unet, "simple": 16, "resnet18": 32}[c.arch]
-    fits = " or ".join(str(n * stride) for n in (side // stride, side // stride + 1) if n)
-    require(side % stride == 0, f"--image_size {side} must be divisible by {stride}: use {fits}.")
-    even = c.channels % 2 == 0 or c.arch == "resnet18"
-    require(even, f"--channels {c.channels} must be even: half sines, half cosines.")
-    if c.arch == "unet":
-        sides, at = stage_sides(c), " ".join(map(str, c.attention_at))
-        require(c.attention == "none" or {*c.attention_at} <= {*sides}, f"--attention_at {at}: the stages "
-                f"have sides {' '.join(map(str, sides))}; choose among them, or --attention none.")
+    first, last = beta_range(T, start, end)
+    require(first <= last,
+            f"--beta_start {first:g} is above --beta_end {last:g}: noise has to grow.")
+    require(make_diffusion(config).abar[-2] > 1e-60,
+            f"--timesteps {T} with such betas leaves nothing of an image: give fewer timesteps, or "
+            "a smaller --beta_start and --beta_end.")
+
+def check_sampling(config):
+    T, steps = config.timesteps, config.sampling_steps
+    require(steps <= T, f"--sampling_steps {steps} is more than --timesteps {T}.")
+    require(config.init_image or not (config.mask or config.strength),
+            "--mask and --strength need --init_image FILE.")
+    require(config.interpolate is None or not config.init_image,
+            "--interpolate and --init_image cannot be combined: give one.")
+    require(config.interpolate != config.seed,
+            f"--interpolate {config.interpolate} is --seed as well: give two different ones.")
+
+def check_network(config):
+    require(config.channel_mults, "--channel_mults is empty: give a number per stage, as in 1 2 2.")
+    size = network_size(config.image_size)
+    stride = total_stride(config)
+    multiples = [n * stride for n in (size // stride, size // stride + 1) if n > 0]
+    require(size % stride == 0, f"--image_size {config.image_size} must be divisible by {stride}: "
+            f"use {' or '.join(map(str, multiples))}.")
+    require(config.channels % 2 == 0 or config.arch == "resnet18",
+            f"--channels {config.channels} must be even: half sines, half cosines.")
+    require(config.arch == "unet" or not config.checkpointing,
+            f"--checkpointing has no effect on --arch {config.arch}: leave it out.")
+    if config.arch == "unet" and config.attention != "none":
+        sides = stage_sides(config)
+        wanted = " ".join(map(str, config.attention_at))
+        require(set(config.attention_at) <= set(sides), f"--attention_at {wanted}: the stages have "
+                f"sides {' '.join(map(str, sides))}; choose among them, or --attention none.")
 
 def network_size(image_size):
-    """Side of the pictures inside the network: 28 pixels are padded to 32, and cropped back when saved."""
+    """Side of the images in the network: MNIST's 28 cannot be halved often and gets a border."""
     return 32 if image_size == 28 else image_size
+
+def total_stride(config):
+    """How many pixels of an image are one pixel of the network's deepest feature map."""
+    if config.arch == "unet":
+        return config.patch * 2 ** (len(config.channel_mults) - 1)
+    return {"simple": 16, "resnet18": 32}[config.arch]
 
 def stage_sides(config):
     """Sides of the feature maps in the stages of a UNet."""
-    return [network_size(config.image_size) // config.patch >> i for i in range(len(config.channel_mults))]
+    first = network_size(config.image_size) // config.patch
+    return [first >> stage for stage in range(len(config.channel_mults))]
 
-# -------------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------- noise schedules
 
 def beta_range(T, start=None, end=None):
     """First and last beta: as given, else DDPM's 1e-4 and 0.02 times 1000/T, at most 0.999."""
-    betas = (1e-4 * 1000 / T if start is None else start, 0.02 * 1000 / T if end is None else end)
-    return tuple(min(beta, 0.999) for beta in betas)
+    first = 1e-4 * 1000 / T if start is None else start
+    last = 0.02 * 1000 / T if end is None else end
+    return min(first, 0.999), min(last, 0.999)
 
 def make_betas(kind, T, start=None, end=None):
-    """The noise schedule: beta_t, the variance that step t adds, as (T,) float64 in (0, 0.999].
-    kind: a choice of --schedule. start, end: see `beta_range`; cosine has none."""
+    """The noise schedule: beta_t, the variance that step t adds, (T,) float64 in (0, 0.999]."""
     start, end = beta_range(T, start, end)
     ramp = torch.linspace(0, 1, T, dtype=torch.float64)  # from t = 0 to t = T-1
     if kind == "linear":  # Ho et al. 2020, section 4
         betas = start + (end - start) * ramp
     elif kind == "quadratic":  # Song et al. 2021's code; "scaled linear" in latent diffusion
         betas = (start**0.5 + (end**0.5 - start**0.5) * ramp) ** 2
-    elif kind == "exponential":  # geometric, as are the noise levels of Song & Ermon (arXiv:1907.05600)
+    elif kind == "exponential":  # geometric, as in Song & Ermon (arXiv:1907.05600)
         betas = start * (end / start) ** ramp
     elif kind == "sigmoid":  # an S from start to end, as in GeoDiff (arXiv:2203.02923)
         betas = start + (end - start) * torch.sigmoid(12 * ramp - 6)
     elif kind == "cosine":  # Nichol & Dhariwal 2021, eq. 17, with s = 0.008
-        f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = 1 - f[1:] / f[:-1]
+        time = torch.arange(T + 1, dtype=torch.float64) / T
+        abar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = 1 - abar[1:] / abar[:-1]
     else:
         raise UserError(f"There is no schedule {kind!r}: see the choices of --schedule.")
     return betas.clamp(max=0.999)
 
-# ------------------------------------------------------------------------------------------ diffusion process
+# -------------------------------------------------------------------------------- diffusion process
 
 class Diffusion:
-    """The forward process q, and what follows. Timesteps t: 0..T-1 (the paper's 1..T); -1: clean data.
-    abar[t] is the paper's alpha-bar (alphas_cumprod elsewhere), float64 with a last 1, so that abar[-1] = 1.
-    predict: what the network says: the noise eps, the clean picture x0 (x_start elsewhere), or v."""
+    """The forward process q, and what follows from it. Timesteps t: 0..T-1 (the paper's 1..T).
+    abar[t]: the paper's alpha-bar (alphas_cumprod elsewhere), float64; abar[-1] = 1 is clean data.
+    predict: what the network outputs, the noise eps, the clean image x0 (x_start elsewhere), or v.
+    loss: l2, l1 or huber. min_snr: gamma of Hang et al. 2023, 0 for no weighting."""
     def __init__(self, betas, predict="eps", loss="l2", min_snr=0.0, device="cpu"):
-        self.T, self.predict = len(betas), predict
-        self.distance = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss]
-        abar = torch.cumprod(1 - betas.double().cpu(), 0)
-        self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])
-        snr, weight = abar / (1 - abar), torch.ones_like(abar)
-        if min_snr:  # Hang et al. 2023, section 3.4: min(snr, gamma) / (error / error of x0)
-            weight = snr.clamp(max=min_snr) / {"x0": 1, "eps": snr, "v": snr + 1}[predict]
-        # What training looks up by a tensor of t: (T,) float32 each, on the device.
-        self.a, self.s, self.weight = (v.float().to(device) for v in (abar.sqrt(), (1 - abar).sqrt(), weight))
+        self.T = len(betas)
+        self.predict = predict
+        self.loss_fn = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss]
+        abar = torch.cumprod(1 - betas.double().cpu(), 0)  # (T,)
+        self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # (T + 1,)
+        weight = torch.ones_like(abar)
+        if min_snr:  # Hang et al. 2023, section 3.4: the error of x0 is weighted min(snr, gamma)
+            snr = abar / (1 - abar)
+            error_ratio = {"x0": 1, "eps": snr, "v": snr + 1}[predict]  # to that of x0
+            weight = snr.clamp(max=min_snr) / error_ratio
+        # What is looked up by a tensor of t: (T,) float32, on the device.
+        self.a = abar.sqrt().float().to(device)
+        self.s = (1 - abar).sqrt().float().to(device)
+        self.weight = weight.float().to(device)
 
     def scales(self, t):
-        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply pictures."""
+        """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply images: (N, 1, 1, 1)."""
         return self.a[t].view(-1, 1, 1, 1), self.s[t].view(-1, 1, 1, 1)
 
     def q_sample(self, x0, t, eps):
-        """x_t ~ q(x_t | x_0) (Ho et al. 2020, eq. 4). x0, eps and the result: (N, C, H, W); t: (N,) int64."""
+        """x_t ~ q(x_t | x_0) (Ho et al. 2020, eq. 4). x0, eps, result: (N, C, H, W); t: (N,)."""
         a, s = self.scales(t)
         return a * x0 + s * eps
 
     def predict_x0(self, out, xt, t):
-        """The clean picture that the network's output amounts to, not clipped: (N, C, H, W)."""
+        """The clean image that the network's output stands for, not clipped: (N, C, H, W)."""
         a, s = self.scales(t)
         if self.predict == "eps":
             return (xt - s * out) / a  # Ho et al. 2020, eq. 15
-        return out if self.predict == "x0" else a * xt - s * out  # v: Salimans & Ho 2022, appendix D
+        if self.predict == "v":
+            return a * xt - s * out  # Salimans & Ho 2022, appendix D
+        return out
 
     def loss(self, model, x0, t, eps, y=None):
-        """Training loss a picture, (N,) float32 (Ho et al. 2020, eq. 14, for l2, eps and no min-SNR)."""
+        """Loss per image, (N,) float32 (Ho et al. 2020, eq. 14, for l2, eps and no weight)."""
         a, s = self.scales(t)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.predict]
-        out = model(self.q_sample(x0, t, eps), t, y).float()
-        require(out.shape == x0.shape, f"The network gives {tuple(out.shape)} for {tuple(x0.shape)}.")
-        return self.weight[t] * self.distance(out, target, reduction="none").mean(dim=(1, 2, 3))
+        out = model(self.q_sample(x0, t, eps), t, y).float()  # (N, C, H, W)
+        require(out.shape == x0.shape,
+                f"The network outputs {tuple(out.shape)} for {tuple(x0.shape)}.")
+        return self.weight[t] * self.loss_fn(out, target, reduction="none").mean(dim=(1, 2, 3))
 
-    def posterior_std(self, t, u, large=False):
-        """Standard deviation of x_u given x_t and x_0 (Ho et al. 2020, eq. 7). T > t > u >= -1.
-        large: the paper's other choice, that of the forward process from u to t (section 3.2)."""
+    def forward_std(self, t, u):
+        """Std of the noise added from u to t > u: "fixed-large" (Ho et al. 2020, section 3.2)."""
+        return math.sqrt(1 - self.abar[t].item() / self.abar[u].item())
+
+    def posterior_std(self, t, u):
+        """Std of q(x_u | x_t, x_0): "fixed-small" (Ho et al. 2020, eq. 7)."""
         at, au = self.abar[t].item(), self.abar[u].item()
-        return math.sqrt(1 - at / au) * (1 if large else math.sqrt((1 - au) / (1 - at)))
+        return math.sqrt((1 - au) / (1 - at)) * self.forward_std(t, u)
 
-    def step(self, x, x0, t, u, eta=0.0, noise=None):
-        """From x_t to x_u given x0 (Song et al. 2021, eq. 12): DDPM's posterior at eta = 1, DDIM at eta = 0,
-        and without noise its mean. x, x0, noise and the result: (N, C, H, W)."""
-        at, au, std = self.abar[t].item(), self.abar[u].item(), eta * self.posterior_std(t, u)
-        eps = (x - math.sqrt(at) * x0) / math.sqrt(1 - at)
+    def posterior(self, xt, x0, t, u, eta=1.0):
+        """Mean (N, C, H, W) and std of x_u given x_t and x_0 (Song et al. 2021, eq. 7)."""
+        at, au = self.abar[t].item(), self.abar[u].item()
+        std = eta * self.posterior_std(t, u)  # at eta = 1 Ho et al. 2020, eq. 7
+        eps = (xt - math.sqrt(at) * x0) / math.sqrt(1 - at)
         mean = math.sqrt(au) * x0 + math.sqrt(max(1 - au - std**2, 0)) * eps
+        return mean, std
+
+    def step(self, xt, x0, t, u, eta=0.0, noise=None):
+        """x_u (Song et al. 2021, eq. 12): DDPM at eta = 1, DDIM at 0; without noise the mean."""
+        mean, std = self.posterior(xt, x0, t, u, eta)
         return mean if noise is None else mean + std * noise
 
 def make_diffusion(config, device="cpu"):
     betas = make_betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
     return Diffusion(betas, config.predict, config.loss, config.min_snr, device)
 
-# --------------------------------------------------------------------------------------------------- samplers
-# A sampler takes x at noise level ts[0] down the timesteps ts, which end at -1, and yields after each step
-# (t, x, x0): the level it left, x at the next one, the clean picture predicted at t. All it knows of a model
-# is denoise(x, t) -> x0; noise() gives fresh Gaussian noise of x's shape; eta is for ddim alone.
+# ----------------------------------------------------------------------------------------- samplers
+# A sampler takes x at noise level ts[0] down the timesteps ts, which end at -1. After each step it
+# yields (t, x, x0): the level it left, x at the next level, the clean image predicted at t. It sees
+# a model only as denoise(x, t) -> x0. noise() is fresh Gaussian noise of x's shape.
 
 def ddpm(diffusion, denoise, x, ts, noise, eta=0.0):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2): the large variance if no timestep is skipped."""
-    large = len(ts) == ts[0] + 2  # ts goes down one by one: none is left out
-    for t, u in zip(ts, ts[1:]):
+    """Ancestral sampling (Ho et al. 2020, algorithm 2). eta is ignored."""
+    every_timestep = all(t - u == 1 for t, u in pairwise(ts))
+    for t, u in pairwise(ts):
         x0 = denoise(x, t)
-        x = diffusion.step(x, x0, t, u, eta=1.0)  # the mean
-        if u >= 0:  # the last step adds none, whatever that deviation is
-            x = x + diffusion.posterior_std(t, u, large) * noise()
+        x, std = diffusion.posterior(x, x0, t, u)
+        if every_timestep:
+            std = diffusion.forward_std(t, u)  # the paper's better choice on T steps
+        if u >= 0:  # the last step adds no noise
+            x = x + std * noise()
         yield t, x, x0
 
 def ddim(diffusion, denoise, x, ts, noise, eta=0.0):
     """Song et al. 2021, eq. 12: deterministic at eta = 0."""
-    for t, u in zip(ts, ts[1:]):
+    for t, u in pairwise(ts):
         x0 = denoise(x, t)
-        x = diffusion.step(x, x0, t, u, eta, noise() if eta > 0 and u >= 0 else None)
+        fresh = noise() if eta > 0 and u >= 0 else None  # the last step adds no noise
+        x = diffusion.step(x, x0, t, u, eta, fresh)
         yield t, x, x0
 
 def dpmpp(diffusion, denoise, x, ts, noise, eta=0.0):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order, one evaluation a step; deterministic."""
-    alpha, sigma = diffusion.abar.sqrt().tolist(), (1 - diffusion.abar).sqrt().tolist()
-    before, h_before = None, None
-    for t, u in zip(ts, ts[1:]):
-        x0 = d = denoise(x, t)
-        if u < 0:  # log-SNR is infinite at clean data, and the step's limit is x0
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), deterministic: noise and eta are ignored."""
+    alpha = diffusion.abar.sqrt().tolist()
+    sigma = (1 - diffusion.abar).sqrt().tolist()
+    last_x0 = last_h = None
+    for t, u in pairwise(ts):
+        x0 = denoise(x, t)
+        if u < 0:  # the log-SNR of clean data is infinite; the limit of the step is x0
             x = x0
         else:
             h = math.log(alpha[u] / sigma[u]) - math.log(alpha[t] / sigma[t])
-            if before is not None:
-                d = x0 + (x0 - before) * (h / h_before / 2)
-            x = sigma[u] / sigma[t] * x - alpha[u] * math.expm1(-h) * d
-            before, h_before = x0, h
+            D = x0 if last_x0 is None else x0 + (x0 - last_x0) * (h / last_h / 2)
+            x = sigma[u] / sigma[t] * x - alpha[u] * math.expm1(-h) * D
+            last_x0, last_h = x0, h
         yield t, x, x0
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp}
 
 def spaced_timesteps(T, n):
-    """n of the timesteps with trailing spacing, T-1 first, and a last -1: n + 1 integers."""
-    require(1 <= n <= T, f"{n} sampling steps: give 1 to {T}, the number of timesteps of the model.")
+    """n timesteps with trailing spacing, from T-1 down, and a last -1: n + 1 integers."""
+    require(1 <= n <= T,
+            f"{n} sampling steps: give 1 to {T}, the number of timesteps of the model.")
     return np.round(np.linspace(T - 1, -1, n + 1)).astype(int).tolist()
 
 def make_denoiser(model, diffusion, y=None, guidance=1.0, clip=True, precision="fp32"):
-    """denoise(x, t) -> x0, all that a sampler sees of a model. x, x0: (N, C, H, W) in [-1, 1]; t: int.
-    y: (N,) int64 classes, -1 for none. Guidance g other than 1 is uncond + g * (cond - uncond) (Ho & Salimans
-    2022, with w = g - 1), both in one batch. precision: fp32, or bf16 or fp16 inside the network."""
+    """denoise(x, t) -> x0. x, x0: (N, C, H, W) in [-1, 1]; t: int; y: (N,) labels, -1 for none.
+    guidance g: uncond + g * (cond - uncond), in one batch (Ho & Salimans 2022, with w = g - 1)."""
     @torch.no_grad()
     def denoise(x, t):
-        ts = torch.full((len(x),), t, device=x.device)
+        ts = torch.full((len(x),), t, device=x.device)  # (N,)
         with autocast(x.device, precision):
             if guidance == 1 or y is None:
                 out = model(x, ts, y).float()
             else:
-                both = model(torch.cat([x, x]), torch.cat([ts, ts]), torch.cat([torch.full_like(y, -1), y]))
-                uncond, cond = both.float().chunk(2)
+                no_label = torch.full_like(y, -1)
+                both = model(torch.cat([x, x]), torch.cat([ts, ts]), torch.cat([no_label, y]))
+                uncond, cond = both.float().chunk(2)  # (N, C, H, W) each
                 out = uncond + guidance * (cond - uncond)
         x0 = diffusion.predict_x0(out, x, ts)
         return x0.clamp(-1, 1) if clip else x0
     return denoise
 
-class PictureNoise:
-    """Noise for pictures number `indices` of those a seed stands for: one generator a picture, so that what
-    becomes of a picture depends on neither the batch that it is drawn in nor the device."""
+class ImageNoise:
+    """noise() -> (n, *shape), from one generator per image: batch size and device do not matter."""
     def __init__(self, seed, indices, shape, device):
-        self.generators = [torch.Generator().manual_seed(mix(seed, i)) for i in indices]
-        self.shape, self.device = shape, device
+        self.generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
+        self.shape = shape
+        self.device = device
 
     def __call__(self):
-        return send(torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]), self.device)
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        return to_device(noise, self.device)
 
-def mix(*numbers):
-    """One 63-bit seed from several integers >= 0; others below 2^32 give an unrelated one, but for zeros at
-    the end. The second says what for: 0 which pictures, 1 held out, 2 order, 3 training, 4 previews."""
-    return int(np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+# What a seed is derived for: the second number of `derive_seed`.
+Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
 
-# --------------------------------------------------------------------------------------------------- networks
-# All are called as net(x, t, y): x (N, C, H, W), t (N,), y (N,) class index or -1 for none, or no y at all.
+def derive_seed(*numbers):
+    """One 63-bit seed from integers >= 0; zeros at the end make no difference."""
+    state = np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)
+    return int(state[0] >> 1)
+
+# ----------------------------------------------------------------------------------------- networks
+# All are called as net(x, t, y): x (N, C, H, W), t (N,), y (N,) labels, -1 for none, or None.
 
 def autocast(device, precision):
-    """The context in which networks compute: convolutions and matrix products in bf16 or fp16, or as is."""
+    """The context that networks run in: bf16 or fp16 where that is safe, or float32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
 class TimeLabelEmbedding(nn.Module):
-    """Sinusoids of t (Ho et al. 2020, appendix B) through two layers, plus a learned vector for the label."""
-    def __init__(self, channels, width, classes):
+    """Sinusoids of t (Ho et al. 2020, appendix B) through an MLP, plus a vector per label."""
+    def __init__(self, base_channels, embedding_dim, num_classes):
         super().__init__()
-        self.frequencies = channels // 2
-        self.mlp = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
-        self.labels = nn.Embedding(classes + 1, width) if classes else None  # the last row: no label
+        self.num_frequencies = base_channels // 2
+        self.mlp = nn.Sequential(nn.Linear(base_channels, embedding_dim), nn.SiLU(),
+                                 nn.Linear(embedding_dim, embedding_dim))
+        # One row per class, and the last for no label.
+        self.labels = nn.Embedding(num_classes + 1, embedding_dim) if num_classes else None
 
     def forward(self, t, y):
-        exponent = torch.arange(self.frequencies, device=t.device) / (self.frequencies - 1)
-        angle = t[:, None].float() * torch.exp(-math.log(10000) * exponent)  # (N, channels / 2)
-        emb = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))  # (N, width)
+        exponent = torch.arange(self.num_frequencies, device=t.device) / (self.num_frequencies - 1)
+        angle = t[:, None].float() * torch.exp(-math.log(10000) * exponent)  # (N, base / 2)
+        emb = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))         # (N, embedding_dim)
         if self.labels is None:
             return emb
-        y = torch.full_like(t, -1) if y is None else y
-        return emb + self.labels(y % self.labels.num_embeddings)  # -1 is the last row
-
-def zero(layer):
-    """The layer with weights and bias 0, so that it adds nothing at first."""
-    for p in layer.parameters():
-        nn.init.zeros_(p)
-    return layer
+        if y is None:
+            y = torch.full_like(t, -1)
+        return emb + self.labels(y % self.labels.num_embeddings)  # -1 becomes the last row
 
 class Attention(nn.Module):
-    """One-head self-attention over all pixels, and a shortcut. full: softmax(q k') v, quadratic in them;
+    """One-head self-attention over all pixels, and a skip connection. full: softmax(q k') v;
     linear: softmax(q) (softmax(k)' v) (Shen et al. 2021, arXiv:1812.01243)."""
     def __init__(self, channels, groups, kind="full"):
         super().__init__()
-        self.kind, self.norm = kind, nn.GroupNorm(groups, channels, eps=1e-6)
-        self.qkv, self.out = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
+        self.kind = kind
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, x):
         n, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm(x).flatten(2).transpose(1, 2)).chunk(3, dim=2)  # (N, HW, C) each
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, HW, C)
+        q, k, v = self.qkv(tokens).chunk(3, dim=2)        # (N, HW, C) each
         if self.kind == "linear":
-            a = (q.softmax(2) * c**-0.5) @ (k.softmax(1).transpose(1, 2) @ v)
+            mixed = (q.softmax(2) * c**-0.5) @ (k.softmax(1).transpose(1, 2) @ v)
         elif x.is_cuda:
-            a = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        else:  # the same; on a CPU three times as fast, forward and backward, as the call above
-            a = (q * c**-0.5 @ k.transpose(1, 2)).softmax(2) @ v
-        return x + self.out(a).transpose(1, 2).reshape(n, c, h, w)
+            mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        else:  # the same; three times as fast on a CPU, forward and backward
+            mixed = (q * c**-0.5 @ k.transpose(1, 2)).softmax(2) @ v
+        return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
 
 class ResBlock(nn.Module):
-    """norm, SiLU, convolution, twice, with the embedding added in between and a shortcut around it all."""
-    def __init__(self, c_in, c_out, embedding, groups, dropout=0.0):
+    """Twice norm, SiLU, convolution, with the embedding added in between, and a skip connection."""
+    def __init__(self, in_channels, out_channels, embedding_dim, groups, dropout=0.0):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)  # eps as in the paper's code
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(embedding, c_out)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)  # eps as in the paper's code
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(embedding_dim, out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, emb):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(emb))[:, :, None, None]
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(F.silu(self.norm1(x)))             # (N, out_channels, H, W)
+        h = h + self.time(F.silu(emb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
 
 class ResAttention(nn.Module):
-    """A residual block and, where a kind of it is named, attention."""
-    def __init__(self, c_in, c_out, embedding, groups, dropout, attention=None):
+    """A residual block, followed by attention unless its kind is "none"."""
+    def __init__(self, in_channels, out_channels, embedding_dim, groups, dropout, attention):
         super().__init__()
-        self.res = ResBlock(c_in, c_out, embedding, groups, dropout)
-        self.attention = Attention(c_out, groups, attention) if attention else nn.Identity()
+        self.res = ResBlock(in_channels, out_channels, embedding_dim, groups, dropout)
+        self.attention = nn.Identity()
+        if attention != "none":
+            self.attention = Attention(out_channels, groups, attention)
 
     def forward(self, x, emb):
         return self.attention(self.res(x, emb))
 
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2, padded to the right and below as in the paper's code."""
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
 class Upsample(nn.Module):
-    """Nearest neighbours at twice the size, then a 3x3 convolution: in one, as a transposed convolution, each
-    of whose 4x4 weights sums those of the 3x3 that meet the same pixel. 4/9 of the multiply-adds."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution, as one transposed convolution: the
+    3x3 weights that meet the same input pixel are summed. It takes 4/9 of the multiply-adds."""
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        # = self.conv(F.interpolate(x, scale_factor=2))
-        rows = F.pad(self.conv.weight, (0, 0, 0, 1)) + F.pad(self.conv.weight, (0, 0, 1, 0))
-        sums = F.pad(rows, (0, 1)) + F.pad(rows, (1, 0))  # (C, C, 4, 4)
-        return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        kernel = self.conv.weight                                           # (C, C, 3, 3)
+        kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # (C, C, 4, 3)
+        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))              # (C, C, 4, 4)
+        transposed = kernel.flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(x, transposed, self.conv.bias, stride=2, padding=1)
 
 class UNet(nn.Module):
-    """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. width of the first stage, times
-    mults for each; res_blocks a stage; attention (full, linear, none) in the stages numbered in
-    attention_stages, full in the middle unless none; classes, 0 for an unconditional network; patch, the side
-    of the squares of pixels folded into channels. Sides of pictures divisible by patch * 2^(stages-1)."""
-    def __init__(self, image_channels=3, width=128, mults=(1, 2, 2, 2), res_blocks=2, attention="full",
-                 attention_stages=(1,), dropout=0.0, classes=0, patch=1):
+    """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. attention: "full",
+    "linear" or "none" in the stages whose numbers are given, and full in the middle unless "none".
+    num_classes: 0 for none. patch: side of the squares that become channels (pixel unshuffle).
+    Sides of images must be divisible by patch * 2^(stages - 1)."""
+    def __init__(self, image_channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
+                 res_blocks=2, attention="full", attention_stages=(1,), dropout=0.0, num_classes=0,
+                 patch=1):
         super().__init__()
-        widths, pixel = [width * m for m in mults], image_channels * patch**2
-        # One number of groups for the whole net: the most, up to 32, with at least four channels in each.
-        groups = max(g for g in (1, 2, 4, 8, 16, 32) if all(w % g == 0 and w >= 4 * g for w in widths))
-        block = (4 * width, groups, dropout)  # what every residual block is told
-        attention = None if attention == "none" else attention
-        kinds = [attention if i in attention_stages else None for i in range(len(mults))]
-        self.patch, self.embed = patch, TimeLabelEmbedding(width, 4 * width, classes)
-        self.recompute = False  # activation checkpointing: only inputs of blocks are kept
-        self.conv_in = nn.Conv2d(pixel, width, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips = [width]  # channels of the feature maps that the way up will join
-        for i, w in enumerate(widths):
-            if i:  # halve the sides, padded to the right and below as in the paper's code
-                pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(skips[-1], skips[-1], 3, stride=2)
-                self.down.append(nn.Sequential(OrderedDict(pad=pad, conv=conv)))  # named in checkpoints
-                skips.append(skips[-1])
+        widths = [base_channels * mult for mult in channel_mults]
+        stages = list(enumerate(widths))
+        groups = group_count(widths)
+        embedding_dim = 4 * base_channels
+        block_args = (embedding_dim, groups, dropout)
+        kinds = [attention if i in attention_stages else "none" for i, _ in stages]
+        self.patch = patch
+        self.checkpointing = False  # activation checkpointing
+        self.embed = TimeLabelEmbedding(base_channels, embedding_dim, num_classes)
+        self.conv_in = nn.Conv2d(image_channels * patch**2, base_channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        channels = base_channels
+        skips = [channels]  # channels of the feature maps that the decoder path concatenates
+        for i, width in stages:
+            if i > 0:
+                self.down.append(Downsample(channels))
+                skips.append(channels)
             for _ in range(res_blocks):
-                self.down.append(ResAttention(skips[-1], w, *block, kinds[i]))
-                skips.append(w)
-        c = widths[-1]
-        self.middle = ResAttention(c, c, *block, attention and "full")
-        self.middle2 = ResBlock(c, c, *block)
-        for i, w in reversed(list(enumerate(widths))):
+                self.down.append(ResAttention(channels, width, *block_args, kinds[i]))
+                channels = width
+                skips.append(channels)
+        middle_kind = "none" if attention == "none" else "full"
+        self.middle = ResAttention(channels, channels, *block_args, middle_kind)
+        self.middle2 = ResBlock(channels, channels, *block_args)
+        for i, width in reversed(stages):
             for _ in range(res_blocks + 1):
-                self.up.append(ResAttention(c + skips.pop(), w, *block, kinds[i]))
-                c = w
-            if i:
-                self.up.append(Upsample(c))
-        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
-        self.conv_out = zero(nn.Conv2d(c, pixel, 3, padding=1))
-        for name, layer in self.named_modules():  # as in the paper's code; PyTorch's weights learn slower
-            if isinstance(layer, (nn.Conv2d, nn.Linear)) and not name.endswith(("conv2", "out")):  # these: 0
-                nn.init.xavier_uniform_(layer.weight, 2**0.5 if name.endswith("qkv") else 1)  # three in one
-                nn.init.zeros_(layer.bias)
+                self.up.append(ResAttention(channels + skips.pop(), width, *block_args, kinds[i]))
+                channels = width
+            if i > 0:
+                self.up.append(Upsample(channels))
+        self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.conv_out = zero(nn.Conv2d(channels, image_channels * patch**2, 3, padding=1))
+        init_weights(self)
 
     def forward(self, x, t, y=None):
-        def apply(stage, *inputs):
-            again = self.recompute and torch.is_grad_enabled()
-            return compute_again(stage, *inputs, use_reentrant=False) if again else stage(*inputs)
-
-        emb, h = self.embed(t, y), self.conv_in(F.pixel_unshuffle(x, self.patch))
+        emb = self.embed(t, y)                              # (N, embedding_dim)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (N, base_channels, H / p, W / p)
         skips = [h]
         for layer in self.down:
-            h = apply(layer, h, emb) if isinstance(layer, ResAttention) else layer(h)
+            h = layer(h) if isinstance(layer, Downsample) else self.run_block(layer, h, emb)
             skips.append(h)
-        h = self.middle2(apply(self.middle, h, emb), emb)
+        h = self.run_block(self.middle, h, emb)
+        h = self.middle2(h, emb)
         for layer in self.up:
-            join = isinstance(layer, ResAttention)
-            h = apply(layer, torch.cat([h, skips.pop()], 1), emb) if join else layer(h)
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+            if isinstance(layer, Upsample):
+                h = layer(h)
+            else:
+                h = self.run_block(layer, torch.cat([h, skips.pop()], dim=1), emb)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.patch)               # (N, C, H, W)
+
+    def run_block(self, block, h, emb):
+        if self.checkpointing and torch.is_grad_enabled():
+            return recompute_in_backward(block, h, emb, use_reentrant=False)
+        return block(h, emb)
+
+def group_count(widths):
+    """The number of GroupNorm groups: the most, up to 32, with four channels or more in each."""
+    for groups in (32, 16, 8, 4, 2):
+        if all(width % groups == 0 and width >= 4 * groups for width in widths):
+            return groups
+    return 1
+
+def zero(layer):
+    """The layer with weights and bias 0, so that its residual branch adds nothing at first."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    layer.starts_at_zero = True
+    return layer
+
+def init_weights(network):
+    """The paper's: Xavier, but for the layers of `zero`. PyTorch's is smaller and learns slower."""
+    qkv_layers = {module.qkv for module in network.modules() if isinstance(module, Attention)}
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not hasattr(layer, "starts_at_zero"):
+            gain = 2**0.5 if layer in qkv_layers else 1  # three layers in one matrix
+            nn.init.xavier_uniform_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
 
 class ConvBlock(nn.Module):
     """A convolution of any kind, BatchNorm, the embedding added, SiLU."""
-    def __init__(self, conv, embedding):
+    def __init__(self, conv, embedding_dim):
         super().__init__()
-        self.conv, self.norm = conv, nn.BatchNorm2d(conv.out_channels)
-        self.time = nn.Linear(embedding, conv.out_channels)
+        self.conv = conv
+        self.norm = nn.BatchNorm2d(conv.out_channels)
+        self.time = nn.Linear(embedding_dim, conv.out_channels)
 
     def forward(self, x, emb):
         return F.silu(self.norm(self.conv(x)) + self.time(F.silu(emb))[:, :, None, None])
 
 class Decoder(nn.Module):
-    """From the deepest feature map up through the widths: double the sides, join the encoder's map, merge."""
-    def __init__(self, widths, embedding):
+    """From the deepest feature map up: upsample, concatenate the encoder's map, merge."""
+    def __init__(self, widths, embedding_dim):
         super().__init__()
-        pairs = list(zip(widths, widths[1:]))[::-1]  # (outer, inner) from the bottom up
-        self.up = nn.ModuleList(ConvBlock(nn.ConvTranspose2d(b, a, 4, 2, 1), embedding) for a, b in pairs)
-        self.merge = nn.ModuleList(ConvBlock(nn.Conv2d(2 * a, a, 3, 1, 1), embedding) for a, _ in pairs)
+        pairs = list(pairwise(widths))[::-1]  # (outer, inner), from the deepest up
+        self.up = nn.ModuleList(
+            ConvBlock(nn.ConvTranspose2d(inner, outer, 4, 2, 1), embedding_dim)
+            for outer, inner in pairs)
+        self.merge = nn.ModuleList(
+            ConvBlock(nn.Conv2d(2 * outer, outer, 3, 1, 1), embedding_dim)
+            for outer, inner in pairs)
 
     def forward(self, maps, emb):
-        h, *skips = maps[::-1]
+        h, *skips = reversed(maps)
         for up, merge, skip in zip(self.up, self.merge, skips):
             h = merge(torch.cat([up(h, emb), skip], dim=1), emb)
         return h
 
 class SimpleUNet(nn.Module):
-    """A plain U-Net with BatchNorm: strided 4x4 convolutions down, transposed ones up, the width doubled
-    at each of four halvings. Sides divisible by 16."""
-    def __init__(self, image_channels=3, width=32, classes=0):
+    """A plain U-Net with BatchNorm, strided and transposed convolutions. Sides: multiples of 16."""
+    def __init__(self, image_channels=3, base_channels=32, num_classes=0):
         super().__init__()
-        widths = [width * 2**i for i in range(5)]  # 32 64 128 256 512
-        self.embed = TimeLabelEmbedding(width, 4 * width, classes)
-        self.conv_in = nn.Conv2d(image_channels, width, 3, padding=1)
-        self.down = nn.ModuleList(ConvBlock(nn.Conv2d(c, 2 * c, 4, 2, 1), 4 * width) for c in widths[:-1])
-        self.decoder = Decoder(widths, 4 * width)
-        self.conv_out = nn.Conv2d(width, image_channels, 3, padding=1)
+        widths = [base_channels * 2**i for i in range(5)]  # 32 64 128 256 512
+        embedding_dim = 4 * base_channels
+        self.embed = TimeLabelEmbedding(base_channels, embedding_dim, num_classes)
+        self.conv_in = nn.Conv2d(image_channels, base_channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            ConvBlock(nn.Conv2d(outer, inner, 4, 2, 1), embedding_dim)
+            for outer, inner in pairwise(widths))
+        self.decoder = Decoder(widths, embedding_dim)
+        self.conv_out = nn.Conv2d(base_channels, image_channels, 3, padding=1)
 
     def forward(self, x, t, y=None):
-        emb, maps = self.embed(t, y), [self.conv_in(x)]
+        emb = self.embed(t, y)
+        maps = [self.conv_in(x)]
         for down in self.down:
             maps.append(down(maps[-1], emb))
         return self.conv_out(self.decoder(maps, emb))
 
 class ResNetUNet(nn.Module):
-    """torchvision's ResNet-18 as the encoder, with time and self-attention added at each of its scales, and a
-    mirrored decoder of transposed convolutions. Sides divisible by 32."""
-    def __init__(self, image_channels=3, classes=0, pretrained=False):
+    """ResNet-18 as encoder, time and attention after each stage. Sides: multiples of 32."""
+    def __init__(self, image_channels=3, num_classes=0, pretrained=False):
         super().__init__()
-        weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1 if pretrained else None
-        try:
-            net = torchvision.models.resnet18(weights=weights)
-        except OSError as e:
-            raise UserError(f"The ImageNet weights could not be downloaded ({e}). Put {weights.url} into "
-                            f"{torch.hub.get_dir()}/checkpoints, or leave out --pretrained.") from None
-        if image_channels == 1:  # grey stands for three equal colours
-            net.conv1.weight = nn.Parameter(net.conv1.weight.data.sum(1, keepdim=True))
-        widths = [32, 64, 64, 128, 256, 512]  # at the whole side, 1/2, 1/4, 1/8, 1/16 and 1/32 of it
-        stem, pooled = nn.Sequential(net.conv1, net.bn1, net.relu), nn.Sequential(net.maxpool, net.layer1)
-        self.embed = TimeLabelEmbedding(128, 256, classes)
+        resnet = make_resnet18(image_channels, pretrained)
+        widths = [32, 64, 64, 128, 256, 512]  # at 1, 1/2, 1/4, 1/8, 1/16 and 1/32 of the side
+        self.embed = TimeLabelEmbedding(128, 256, num_classes)
         self.conv_in = nn.Conv2d(image_channels, 32, 3, padding=1)
-        self.encoder = nn.ModuleList([stem, pooled, net.layer2, net.layer3, net.layer4])
-        self.time = nn.ModuleList(nn.Linear(256, c) for c in widths[1:])
-        self.attention = nn.ModuleList(Attention(c, 32) for c in widths[1:])
+        self.encoder = nn.ModuleList([
+            nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu),
+            nn.Sequential(resnet.maxpool, resnet.layer1),
+            resnet.layer2, resnet.layer3, resnet.layer4])
+        self.time = nn.ModuleList(nn.Linear(256, width) for width in widths[1:])
+        self.attention = nn.ModuleList(Attention(width, 32) for width in widths[1:])
         self.decoder = Decoder(widths, 256)
         self.conv_out = nn.Conv2d(32, image_channels, 3, padding=1)
 
     def forward(self, x, t, y=None):
-        emb, h, maps = self.embed(t, y), x, [self.conv_in(x)]
-        for encode, time_of, attend in zip(self.encoder, self.time, self.attention):
-            h = attend(encode(h) + time_of(F.silu(emb))[:, :, None, None])
+        emb = self.embed(t, y)
+        maps = [self.conv_in(x)]
+        h = x
+        for stage, time_layer, attention in zip(self.encoder, self.time, self.attention):
+            h = stage(h) + time_layer(F.silu(emb))[:, :, None, None]
+            h = attention(h)
             maps.append(h)
         return self.conv_out(self.decoder(maps, emb))
 
-def build_model(config, image_channels, classes):
-    """The network of a Config. model.channels are the pictures' (config.channels is the width)."""
-    c = config
-    if c.arch == "simple":
-        model = SimpleUNet(image_channels, c.channels, len(classes))
-    elif c.arch == "resnet18":
-        model = ResNetUNet(image_channels, len(classes), c.pretrained)
+def make_resnet18(image_channels, pretrained):
+    """torchvision's ResNet-18, random or with ImageNet weights, for images of so many channels."""
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1 if pretrained else None
+    try:
+        resnet = torchvision.models.resnet18(weights=weights)
+    except OSError as e:
+        raise UserError(
+            f"The ImageNet weights could not be downloaded ({e}). Put {weights.url} into "
+            f"{torch.hub.get_dir()}/checkpoints, or leave out --pretrained.") from None
+    if image_channels == 1:  # grey stands for three equal colours
+        resnet.conv1.weight = nn.Parameter(resnet.conv1.weight.data.sum(1, keepdim=True))
+    return resnet
+
+def build_model(config, image_channels, class_names):
+    """The network of a Config for images of so many channels and these classes, [] for none."""
+    num_classes = len(class_names)
+    if config.arch == "simple":
+        model = SimpleUNet(image_channels, config.channels, num_classes)
+    elif config.arch == "resnet18":
+        model = ResNetUNet(image_channels, num_classes, config.pretrained)
     else:
-        at = c.attention_at or stage_sides(c)[-2:]
-        stages = [i for i, side in enumerate(stage_sides(c)) if side in at]
-        model = UNet(image_channels, c.channels, c.channel_mults, c.res_blocks, c.attention, stages,
-                     c.dropout, len(classes), c.patch)
-    model.image_size, model.channels = network_size(c.image_size), image_channels
-    model.classes = list(classes)
+        sides = stage_sides(config)
+        attention_at = config.attention_at or sides[-2:]
+        attention_stages = [i for i, side in enumerate(sides) if side in attention_at]
+        model = UNet(image_channels, config.channels, config.channel_mults, config.res_blocks,
+                     config.attention, attention_stages, config.dropout, num_classes, config.patch)
+        model.checkpointing = config.checkpointing
+    model.image_channels = image_channels
+    model.image_size = network_size(config.image_size)  # with the border
+    model.class_names = list(class_names)
     return model
 
-# ------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-DECODER = 1  # version of `decode`; raised when it gives other pixels, so that old caches are left alone
-IN_MEMORY = 2**28  # bytes of pixels above which they live in a memory-mapped file
+DECODER_VERSION = 1  # raised when `decode` gives other pixels, so that old caches are not used
 
-# Pictures before decoding: names, labels (-1: none), class names, what a cache's key is made of, and open(i).
-Source = namedtuple("Source", "names labels classes key open")
+# Images before decoding. labels: (N,) ints, -1 for none; key: changes whenever the images do;
+# open(i): the PIL image.
+ImageSource = namedtuple("ImageSource", "names labels class_names key open")
 
 def to_network(pixels):
     """uint8 pixels 0..255 -> float32 in [-1, 1], the range that the network sees. Any shape."""
@@ -670,217 +827,304 @@ def to_pixels(x):
     """float in [-1, 1], clipped to it -> uint8 pixels 0..255: the inverse of `to_network`."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-def send(x, device):
-    """The tensor on the device, waiting for CUDA only if it must (MPS could spoil it: pytorch#189690)."""
+def crop(images, image_size):
+    """Images (..., H, W) without the border that `decode` gave those of 28 pixels."""
+    return torchvision.transforms.functional.center_crop(images, image_size)
+
+def to_device(x, device):
+    """The tensor on the device. Only CUDA need not wait (MPS spoils the data: pytorch#189690)."""
     return x.to(device, non_blocking=torch.device(device).type == "cuda")
 
-def decode(image, size, channels):
-    """A PIL picture upright, over white, its central square resized: (channels, size, size) uint8."""
-    image.draft(None, (2 * size, 2 * size))  # a JPEG need not be decoded at full size
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 bits, or floats up to 1, 255 or 65535
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode[0] == "I" else next((n for n in (1, 255) if values.max() <= n), 65535)
-        image = Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
-    if "A" in image.mode.upper() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (size, size), Image.BICUBIC)
-    pixels = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
-    border = ((network_size(size) - size) // 2,) * 2
-    return np.pad(pixels, ((0, 0), border, border), mode="edge")
-
-def open_picture(path):
+def open_image(path):
     Image.MAX_IMAGE_PIXELS = 2**28  # twice this and more is refused as a decompression bomb
     return Image.open(path)
 
-def load_picture(path, size, channels):
-    """The picture in a file as a network sees it, (1, channels, size, size) in [-1, 1], or UserError."""
-    try:
-        with open_picture(path) as image:
-            return to_network(torch.tensor(decode(image, size, channels)))[None]
-    except Exception as e:  # broken files make decoders raise anything
-        raise UserError(f"{path} cannot be read ({type(e).__name__}: {e}). Give a picture file.") from None
+def to_8_bits(image):
+    """A PIL image of 16 bits, or of floats up to 1, 255 or 65535, as one of 8 bits."""
+    values = np.asarray(image, dtype=np.float64)
+    limits = (1, 255) if image.mode[0] == "F" else ()
+    largest = next((limit for limit in limits if values.max() <= limit), 65535)
+    return Image.fromarray((values / largest * 255).clip(0, 255).round().astype(np.uint8))
 
-def folder_source(root):
-    """The picture files below a folder; the first sub-folder on the way to a file is its class."""
-    require(root.is_dir(), f"No folder {root}: give --data_path pictures, or one of {', '.join(DATASETS)}.")
-    files, others, seen = [], Counter(), set()
+def decode(image, size, channels):
+    """A PIL image's central square: (channels, side, side) uint8, with side = `network_size`."""
+    image.draft(None, (2 * size, 2 * size))  # a JPEG need not be decoded at full size
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        image = to_8_bits(image)
+    if "A" in image.mode.upper() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    image = ImageOps.fit(image, (size, size), Image.BICUBIC)
+    pixels = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+    border = (network_size(size) - size) // 2
+    return np.pad(pixels, ((0, 0), (border, border), (border, border)), mode="edge")
+
+def load_image(path, size, channels):
+    """The image in a file as a network sees it: (1, channels, side, side) in [-1, 1]."""
+    try:
+        with open_image(path) as image:
+            pixels = decode(image, size, channels)
+    except Exception as e:  # broken files make decoders raise anything
+        raise UserError(
+            f"{path} cannot be read ({type(e).__name__}: {e}). Give an image file.") from None
+    return to_network(torch.tensor(pixels))[None]
+
+def list_images(root):
+    """The image files below a folder, sorted, and a Counter of the suffixes of all others."""
     def cannot_list(error):
         raise error
-
-    for place, folders, names in os.walk(root, followlinks=True, onerror=cannot_list):
-        if (real := os.path.realpath(place)) in seen:  # a link that leads round in a circle
-            folders.clear()
+    files = []
+    others = Counter()
+    visited = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=cannot_list):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link that leads round in a circle
+            subfolders.clear()
             continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if f[0] != ".")
-        good = [name for name in sorted(names) if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
-        files += [Path(place, name) for name in good]
-        others.update(Path(name).suffix.lower() or name for name in {*names} - {*good})
-    saw = f"{others.total()} files ({', '.join(f'{suffix} {n}' for suffix, n in sorted(others.items())[:8])})"
-    require(files, f"No pictures in {root}: saw {saw}; accepted {' '.join(SUFFIXES)}.")
-    parts, stats = [f.relative_to(root).parts for f in files], [f.is_file() and f.stat() for f in files]
-    classes = sorted({p[0] for p in parts if len(p) > 1})
-    number = {name: i for i, name in enumerate(classes)}
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            suffix = Path(name).suffix.lower()
+            if suffix in SUFFIXES and not name.startswith("."):
+                files.append(Path(folder, name))
+            else:
+                others[suffix or name] += 1
+    return files, others
+
+def folder_source(root):
+    """The image files below a folder; the first sub-folder on the path to a file is its class."""
+    require(root.is_dir(),
+            f"No folder {root}: give --data_path an image folder, or one of {', '.join(DATASETS)}.")
+    files, others = list_images(root)
+    listed = ", ".join(f"{suffix} {n}" for suffix, n in sorted(others.items())[:8])
+    require(files, f"No images in {root}: saw {others.total()} files ({listed}); "
+            f"accepted {' '.join(SUFFIXES)}.")
+    parts = [file.relative_to(root).parts for file in files]
+    class_names = sorted({p[0] for p in parts if len(p) > 1})
+    number = {name: i for i, name in enumerate(class_names)}
     labels = np.array([number[p[0]] if len(p) > 1 else -1 for p in parts])
     names = ["/".join(p) for p in parts]
-    key = [str(root.resolve()), *zip(names, [s and (s.st_size, s.st_mtime_ns) for s in stats])]
-    def opened(i):
-        require(stats[i], "a link to nowhere, or no file")  # to wait for a pipe would be for ever
-        return open_picture(files[i])
-    return Source(names, labels, classes, key, opened)
+    stats = [file.stat() if file.is_file() else None for file in files]
+    versions = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = [str(root.resolve()), *zip(names, versions)]
+
+    def open_file(i):
+        require(stats[i], "a link to nowhere, or no file")  # waiting for a pipe would be for ever
+        return open_image(files[i])
+
+    return ImageSource(names, labels, class_names, key, open_file)
 
 def torchvision_source(name, root):
-    """One of torchvision's data sets, downloaded if need be: the training pictures (of flowers102, all)."""
-    kind, *splits = DATASETS[name].split()
+    """One of torchvision's data sets, downloaded if needed: its training images."""
+    splits = {"flowers102": ("train", "val", "test"), "celeba": ("train",)}.get(name)
+    options = [dict(split=split) for split in splits] if splits else [{}]
     try:
-        given = [dict(split=split) for split in splits] or [{}]
-        parts = [getattr(torchvision.datasets, kind)(root, download=True, **split) for split in given]
+        make = getattr(torchvision.datasets, DATASETS[name])
+        parts = [make(root, download=True, **option) for option in options]
     except ImportError as e:
         package = {"flowers102": "scipy", "celeba": "gdown"}.get(name, e.name)
-        raise UserError(f"The data set {name} needs the package {package}: pip install {package}") from None
-    except Exception as e:  # of files cut short too
-        why, place = [*str(e).splitlines(), repr(e)][0], Path(root).resolve()
-        raise UserError(f"{name} could not be downloaded ({why}). Put its files where torchvision looks for "
-                        f"them, in {place}, or give a folder.") from None
+        raise UserError(
+            f"The data set {name} needs the package {package}: pip install {package}") from None
+    except Exception as e:  # truncated files raise anything
+        reason = str(e).partition("\n")[0] or repr(e)
+        raise UserError(
+            f"{name} could not be downloaded ({reason}). Put its files where torchvision looks for "
+            f"them, in {Path(root).resolve()}, or give a folder.") from None
     data = torch.utils.data.ConcatDataset(parts)
     if name == "celeba":
-        labels, classes = np.full(len(data), -1), []
+        labels = np.full(len(data), -1)
+        class_names = []
     elif name == "flowers102":
-        labels, classes = np.concatenate([p._labels for p in parts]), [f"flower_{i + 1}" for i in range(102)]
+        labels = np.concatenate([part._labels for part in parts])
+        class_names = [f"flower_{i + 1}" for i in range(102)]
     else:
-        labels, classes = np.asarray(parts[0].targets), [c.replace("/", "-") for c in parts[0].classes]
-    return Source([f"{name}/{i}" for i in range(len(data))], labels, classes, [name], lambda i: data[i][0])
+        labels = np.asarray(parts[0].targets)
+        class_names = [c.replace("/", "-") for c in parts[0].classes]
+    names = [f"{name}/{i}" for i in range(len(data))]
+    return ImageSource(names, labels, class_names, [name], lambda i: data[i][0])
 
 def load_images(config, device="cpu"):
-    """The pictures that a Config names, decoded, as `Images`. UserError for none, or too many bad ones."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # downloads and decodes for all processes of a machine
-    if dist.is_initialized() and not first:
+    """The images of a Config, decoded, as `Images`. UserError for none, or too many bad ones."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # downloads and decodes for its machine
+    if dist.is_initialized() and not is_first:
         dist.barrier()
     path = Path(config.data_path)
     if config.data_path == Config.data_path and not path.exists():
-        path = HERE / path  # the starter pictures
-    fetch = config.data_path in DATASETS
-    source = torchvision_source(path.name, config.download_dir) if fetch else folder_source(path)
+        path = HERE / path  # the starter images
+    if config.data_path in DATASETS:
+        source = torchvision_source(path.name, config.download_dir)
+    else:
+        source = folder_source(path)
     chosen = np.arange(len(source.names))
     if config.max_images and config.max_images < len(chosen):
-        chosen = np.sort(np.random.default_rng(mix(config.seed, 0)).permutation(chosen)[: config.max_images])
-    key = json.dumps([DECODER, config.image_size, source.key, chosen.tolist()])
-    cache = Path(config.download_dir, "decoded", hashlib.sha256(key.encode()).hexdigest()[:24] + ".npy")
-    pixels, bad = decode_all(source, chosen, config.image_size, cache)
-    if dist.is_initialized() and first:
-        dist.barrier()  # the others go on, and find it done
-    return Images(source, chosen, pixels, bad, config, device)
+        rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
+        chosen = np.sort(rng.permutation(chosen)[: config.max_images])
+    key = json.dumps([DECODER_VERSION, config.image_size, source.key, chosen.tolist()])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
+    cache = Path(config.download_dir, "decoded", f"{digest}.npy")
+    if read_cache(cache) is None:
+        decode_all(source, chosen, config.image_size, cache)
+    decoded = read_cache(cache)
+    require(decoded, f"{cache} cannot be read back: give another --download_dir.")
+    if dist.is_initialized() and is_first:
+        dist.barrier()  # the other processes go on, and find it done
+    return Images(source, chosen, *decoded, config, device)
 
-def decode_all(source, chosen, size, cache):
-    """Decode the chosen pictures on all cores: (N, C, H, W) uint8, and {row: reason} of bad ones. Small sets
-    stay in memory. A large one is written to a file that gets its name, `cache`, when it is whole: neither a
-    crash nor a second start at the same time can make a wrong one."""
-    reasons = cache.with_suffix(".json")
-    with contextlib.suppress(OSError, ValueError, EOFError):  # there is none, or a damaged one: decode anew
-        bad = json.loads(reasons.read_text())
-        return np.load(cache, mmap_mode="c"), {int(row): reason for row, reason in bad.items()}
-    def every(work, what):  # work(image) of each picture in turn; of one that fails the reason, a string
-        def attempt(i):
-            try:
-                with contextlib.closing(source.open(i)) as image:
-                    return work(image)
-            except Exception as e:  # broken files make decoders raise anything
-                return f"{type(e).__name__}: {e}"
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from tqdm(pool.map(attempt, chosen), what, len(chosen), leave=False, delay=2)
-
-    coloured = [*every(lambda image: image.mode[0] not in "1LIF", "looking")]
-    channels, side, bad = 3 if True in coloured else 1, network_size(size), {}
-    shape, partial = (len(chosen), channels, side, side), cache.with_suffix(f".{os.getpid()}.tmp")
-    large = math.prod(shape) > IN_MEMORY
+def read_cache(path):
+    """What `decode_all` wrote: pixels (N, C, H, W) uint8 and {row: error}; or None."""
     try:
-        pixels = None if large else np.zeros(shape, np.uint8)
-        if large:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-            if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process in mid-write
-                with open(partial, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, partial.stat().st_size)
-        for row, result in enumerate(every(lambda image: decode(image, size, channels), "decoding")):
-            if isinstance(result, str):
-                bad[row] = result
-            else:
-                pixels[row] = result
-        if large:
-            pixels.flush()
-            atomic_write(reasons, lambda f: f.write(json.dumps(bad).encode()))
-            os.replace(partial, cache)
-            pixels = np.load(cache, mmap_mode="c")
+        unreadable = json.loads(path.with_suffix(".json").read_text())
+        pixels = np.load(path, mmap_mode="c")
+    except (OSError, ValueError, EOFError):
+        return None
+    return pixels, {int(row): error for row, error in unreadable.items()}
+
+def decode_all(source, chosen, size, path):
+    """Decode the chosen images into a file of pixels, and one beside it that names the errors. Both
+    get their names once whole, so that a crash or a second process cannot leave a wrong one."""
+    rows = range(len(chosen))
+    coloured = np.zeros(len(chosen), dtype=bool)
+
+    def find_colour(row):
+        with contextlib.closing(source.open(chosen[row])) as image:
+            coloured[row] = image.mode[0] not in "1LIF"
+
+    def decode_row(row):
+        with contextlib.closing(source.open(chosen[row])) as image:
+            pixels[row] = decode(image, size, channels)
+
+    for_each_row(find_colour, rows, "opening")
+    channels = 3 if coloured.any() else 1
+    side = network_size(size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        shape = (len(chosen), channels, side, side)
+        pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process later
+            with open(partial, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, partial.stat().st_size)
+        errors = for_each_row(decode_row, rows, "decoding")
+        pixels.flush()
+        atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(errors).encode()))
+        os.replace(partial, path)
     finally:
-        if large:
-            partial.unlink(missing_ok=True)
-    return pixels, bad
+        partial.unlink(missing_ok=True)
+
+def for_each_row(work, rows, description):
+    """Call work(row) for every row, in threads. Returns {row: error message} of those that fail."""
+    errors = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(work, row) for row in rows]
+        for row, future in zip(rows, tqdm(futures, description, leave=False, delay=2)):
+            error = future.exception()  # broken files make decoders raise anything
+            if error:
+                errors[row] = f"{type(error).__name__}: {error}"
+    return errors
 
 class Images:
-    """Decoded pictures. pixels: (N, C, H, W) uint8, on the GPU if it has room; labels: (N,) int64, -1: none;
-    classes: their names, none where they are not learned; train and held_out: the rows of either."""
-    def __init__(self, source, chosen, pixels, bad, config, device):
-        if bad:
-            listed = [f"\n  {source.names[chosen[row]]!r}: {shown(bad[row])}" for row in list(bad)[:10]]
-            print(f"{len(bad)} of {len(chosen)} pictures cannot be read:{''.join(listed)}", file=sys.stderr)
-        require(len(bad) < 0.05 * len(chosen), "That is 5 % of the pictures or more: mend or remove them.")
-        good = np.setdiff1d(np.arange(len(chosen)), list(bad))
-        order = np.random.default_rng(mix(config.seed, 1)).permutation(good)
-        n = round(config.holdout * len(good))
-        self.held_out, self.train = np.sort(order[:n]), np.sort(order[n:])
-        require(len(self.train) and (n or not config.holdout), f"--holdout {config.holdout:g} of {len(good)} "
-                f"pictures leaves {len(self.train)} to train on and {n} held out: both need one.")
-        self.found, self.bad, self.class_names = len(source.names), len(bad), source.classes
-        self.classes = source.classes if config.class_cond and len(source.classes) > 1 else []
+    """Decoded images. pixels: (N, C, H, W) uint8, on the GPU if it has room. labels: (N,) int64, -1
+    for none. class_names: those that are learned, of all_class_names. train, validation: rows."""
+    def __init__(self, source, chosen, pixels, unreadable, config, device):
+        report_unreadable([source.names[i] for i in chosen], unreadable)
+        self.train, self.validation = split_rows(len(chosen), unreadable, config)
+        self.num_found = len(source.names)
+        self.num_unreadable = len(unreadable)
+        self.all_class_names = source.class_names
+        learn_classes = config.class_cond and len(source.class_names) > 1
+        self.class_names = source.class_names if learn_classes else []
         self.labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
         self.pixels = torch.from_numpy(pixels)
-        if torch.device(device).type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] // 3:
-            self.pixels = self.pixels.to(device)
-        self.channels, self.seed, self.hflip, self._order = pixels.shape[1], config.seed, config.hflip, {}
+        if torch.device(device).type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+            if pixels.nbytes < free_bytes // 3:
+                self.pixels = self.pixels.to(device)
+        self.channels = pixels.shape[1]
+        self.image_size = config.image_size  # without the border
+        self.seed = config.seed
+        self.hflip = config.hflip
+        self.last_order = (None, None)  # (epoch, rows)
         names = "\n".join(source.names[i] for i in chosen).encode(errors="surrogatepass")
-        names = hashlib.sha256(names).hexdigest()[:12]
-        self.fingerprint = f"{len(chosen)} pictures, {len(bad)} bad, names {names}"
+        digest = hashlib.sha256(names).hexdigest()[:12]
+        self.fingerprint = f"{len(chosen)} images, {len(unreadable)} unreadable, names {digest}"
 
     def order(self, epoch):
-        """The rows to train on in the order of this pass over them, a permutation drawn by the seed."""
-        if epoch not in self._order:
-            self._order = {epoch: np.random.default_rng(mix(self.seed, 2, epoch)).permutation(self.train)}
-        return self._order[epoch]
+        """The training rows in the order of this epoch: a permutation by the seed."""
+        if self.last_order[0] != epoch:
+            rng = np.random.default_rng(derive_seed(self.seed, Stream.ORDER, epoch))
+            self.last_order = (epoch, rng.permutation(self.train))
+        return self.last_order[1]
 
     def take(self, rows, device):
-        """Pictures x0 (n, C, H, W) in [-1, 1] and labels (n,) of some rows, on the device."""
+        """Images x0 (n, C, H, W) in [-1, 1] and labels (n,) of the given rows, on the device."""
         rows = torch.from_numpy(rows)
-        pixels = self.pixels[send(rows, self.pixels.device)]
-        return to_network(send(pixels, device)), send(self.labels[rows], device)
+        pixels = self.pixels[to_device(rows, self.pixels.device)]
+        return to_network(to_device(pixels, device)), to_device(self.labels[rows], device)
 
-    def batch(self, step, batch_size, slice=0, slices=1, device="cpu"):
-        """x0 and labels of a slice of a step's batch, by arguments, seed and (flips) torch's generator."""
-        n, total = batch_size // slices, len(self.train)
-        passes, places = np.divmod(step * batch_size + slice * n + np.arange(n), total)  # over and over again
-        rows = np.concatenate([self.order(e)[places[passes == e]] for e in np.unique(passes)])
+    def batch(self, step, batch_size, micro_batch=0, num_micro_batches=1, device="cpu"):
+        """x0 and labels of one micro-batch of a step: a function of the arguments, the seed and,
+        for flips, torch's generator. Epochs follow each other without a gap."""
+        n = batch_size // num_micro_batches
+        positions = step * batch_size + micro_batch * n + np.arange(n)  # since training started
+        epochs, places = np.divmod(positions, len(self.train))
+        rows = np.concatenate(
+            [self.order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
         x0, y = self.take(rows, device)
         if self.hflip:
-            x0 = torch.where(send(torch.rand(n) < 0.5, device)[:, None, None, None], x0.flip(3), x0)
+            flip = to_device(torch.rand(n) < 0.5, device)
+            x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
         return x0, y
 
-# ---------------------------------------------------------------------------------------- EMA and checkpoints
+def report_unreadable(names, unreadable):
+    """Print the images that could not be decoded, {row: error}; UserError from 5 % on."""
+    if unreadable:
+        print(f"{len(unreadable)} of {len(names)} images cannot be read:", file=sys.stderr)
+        for row in list(unreadable)[:10]:
+            print(f"  {names[row]!r}: {printable(unreadable[row])}", file=sys.stderr)
+    require(len(unreadable) < 0.05 * len(names),
+            "That is 5 % of the images or more: fix or remove them.")
+
+def split_rows(n, unreadable, config):
+    """The readable rows, --holdout of them for validation: (training, validation), sorted."""
+    readable = np.setdiff1d(np.arange(n), list(unreadable))
+    rng = np.random.default_rng(derive_seed(config.seed, Stream.HOLDOUT))
+    shuffled = rng.permutation(readable)
+    n_validation = round(config.holdout * len(readable))
+    n_train = len(readable) - n_validation
+    require(n_train and (n_validation or not config.holdout),
+            f"--holdout {config.holdout:g} of {len(readable)} images leaves {n_train} for training "
+            f"and {n_validation} for validation: both need one.")
+    return np.sort(shuffled[n_validation:]), np.sort(shuffled[:n_validation])
+
+# -------------------------------------------------------------------------------- optimiser and EMA
+
+def make_optimizer(config, model, device):
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    return kind(model.parameters(), weight_decay=config.weight_decay, fused=device.type != "mps")
+
+def learning_rate(config, step, progress):
+    """A linear rise over warmup_steps; then constant, or half a cosine down to 0 at progress 1."""
+    lr = config.lr * min(1, (step + 1) / (config.warmup_steps + 1))
+    if config.lr_schedule == "cosine":
+        lr *= 0.5 + 0.5 * math.cos(math.pi * progress)
+    return lr
 
 @torch.no_grad()
-def update_ema(averages, weights, updates, decay):
-    """Average the weights: decay min(d, (1 + n) / (10 + n)) after n updates, little at first, to forget the
-    start. Both are lists of tensors, of the same order; float buffers are averaged, integer ones copied."""
-    d = min(decay, (1 + updates) / (10 + updates)) if decay else 0
-    pairs = list(zip(averages, weights))
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - d)
-    for a, b in pairs:
-        if not a.is_floating_point():
-            a.copy_(b)
+def update_ema(averages, tensors, updates, decay):
+    """Move the EMA tensors towards the model's, in the same order. Integer buffers are copied."""
+    decay = min(decay, (1 + updates) / (10 + updates)) if decay else 0  # low at first
+    floats = [i for i, average in enumerate(averages) if average.is_floating_point()]
+    torch._foreach_lerp_([averages[i] for i in floats], [tensors[i] for i in floats], 1 - decay)
+    for average, tensor in zip(averages, tensors):
+        if not average.is_floating_point():
+            average.copy_(tensor)
+
+# -------------------------------------------------------------------------------------- checkpoints
 
 def atomic_write(path, write):
-    """Call write(file) for a file that appears at `path` whole or not at all. Returns the absolute path."""
+    """Call write(file) for a file that appears whole or not at all. Returns its absolute path."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -890,8 +1134,9 @@ def atomic_write(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except RuntimeError as e:  # torch.save's on a full disk hides the error that caused it
-        raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
+    except RuntimeError as e:  # torch.save's, which hides the OSError of a full disk
+        cause = e.__context__
+        raise (cause if isinstance(cause, OSError) else e) from None
     finally:
         partial.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # make the new name durable too
@@ -901,804 +1146,1081 @@ def atomic_write(path, write):
     return str(path)
 
 def read_checkpoint(path):
-    """The dictionary in a checkpoint, tensors on the CPU. UserError if it cannot be trusted or understood."""
-    require(Path(path).is_file(), f"No checkpoint {path}: give the path of a file that --mode train wrote.")
+    """The dictionary in a checkpoint, tensors on the CPU. UserError if it cannot be trusted."""
+    require(Path(path).is_file(),
+            f"No checkpoint {path}: give the path of a file that --mode train wrote.")
     try:
         with zipfile.ZipFile(path) as f:  # PyTorch does not compare the checksums that it writes
             if f.testzip():
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # bad bytes can raise anything
-        raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors and plain "
-                        f"values ({type(e).__name__}). Use another checkpoint.") from None
-    kinds = dict(format=int, config=dict, weights=dict, classes=list, channels=int)
-    good = isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(k), v) for k, v in kinds.items())
-    require(good, f"{path} is not a checkpoint of ddpm.py: format number, configuration or weights are "
-            "missing. Give one that --mode train wrote.")
-    require(checkpoint["format"] == FORMAT, f"{path} has format {checkpoint['format']}, and this ddpm.py "
-            f"reads format {FORMAT}: use the version that wrote it.")
-    states = [checkpoint["weights"], checkpoint.get("ema", {})]
-    named = (*states, checkpoint["config"], checkpoint["classes"])
-    good = checkpoint["channels"] in (1, 3) and all(isinstance(state, dict) for state in states)
-    good = good and all(type(v) is torch.Tensor for state in states for v in state.values())
-    good = good and all(type(name) is str for some in named for name in some)
-    require(good, f"{path} holds other things than ddpm.py writes: use another.")
-    require(all_finite(*states), f"{path} has weights that are not finite: use another.")
+        raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors "
+                        f"and plain values ({type(e).__name__}). Use another checkpoint.") from None
+    check_checkpoint(checkpoint, path)
+    if isinstance(checkpoint.get("data"), str):  # older files word the fingerprint differently
+        data = checkpoint["data"].replace(" pictures,", " images,")
+        checkpoint["data"] = data.replace(" bad,", " unreadable,")
     return checkpoint
 
-def all_finite(*states):
-    """Whether every tensor in some state dictionaries is free of NaN and infinities."""
-    return all(v.isfinite().all().item() for state in states for v in state.values())
+def check_checkpoint(checkpoint, path):
+    """UserError unless the contents of a file are what `TrainState.save` writes."""
+    types = dict(format=int, config=dict, weights=dict, classes=list, channels=int)
+    require(isinstance(checkpoint, dict) and has_types(checkpoint, types),
+            f"{path} is not a checkpoint of ddpm.py: format number, configuration or weights are "
+            "missing. Give one that --mode train wrote.")
+    require(checkpoint["format"] == FORMAT, f"{path} has format {checkpoint['format']}, and this "
+            f"ddpm.py reads format {FORMAT}: use the version that wrote it.")
+    weights = checkpoint["weights"]
+    ema = checkpoint.get("ema", {})
+    valid = checkpoint["channels"] in (1, 3) and isinstance(ema, dict)
+    valid = valid and all(type(v) is torch.Tensor for v in [*weights.values(), *ema.values()])
+    names = [*weights, *ema, *checkpoint["config"], *checkpoint["classes"]] if valid else [None]
+    require(all(type(name) is str for name in names),
+            f"{path} holds other things than ddpm.py writes: use another.")
+    require(all_finite(weights, ema), f"{path} has weights that are not finite: use another.")
 
-def stored_config(checkpoint, path, given=None, allowed=()):
-    """The Config in a checkpoint with those `given` settings that may differ, UserError for any that may not.
-    Settings that did not exist when it was written have their defaults."""
-    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()}  # of JSON
-    unknown, given = ", ".join(stored.keys() - FIELDS.keys()), given or {}
-    require(not unknown, f"{path} has settings that this ddpm.py does not know: {unknown}. Use a newer one.")
-    config = Config(**stored | dict.fromkeys(FOR_ONCE))
+def has_types(values, types):
+    """Whether a dictionary has a value of each of these types, {key: type}."""
+    return all(isinstance(values.get(key), kind) for key, kind in types.items())
+
+def all_finite(*state_dicts):
+    return all(v.isfinite().all().item() for state in state_dicts for v in state.values())
+
+def stored_config(checkpoint, path):
+    """The Config in a checkpoint, with the defaults of settings that are newer than the file."""
+    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()}
+    unknown = ", ".join(stored.keys() - FIELDS.keys())
+    require(not unknown,
+            f"{path} has settings that this ddpm.py does not know: {unknown}. Use a newer one.")
+    stored |= {name: None for name, field in FIELDS.items() if not field.metadata["stored"]}
+    config = Config(**stored)
     try:
         check(config)
     except UserError as e:
-        raise UserError(f"{path} has a configuration that cannot be ({e}) Use another.") from None
+        message = f"{path} has a configuration that cannot be ({e}) Use another."
+        raise UserError(message) from None
+    return config
+
+def merged_config(checkpoint, path, given, changes):
+    """A checkpoint's Config with the settings `given`. UserError for a change not in `changes`."""
+    config = stored_config(checkpoint, path)
     for name, value in given.items():
-        was = getattr(config, name)
-        require(name in allowed or value == was,
-                f"--{name} {value} contradicts {path}, where it is {was}: leave it out or train anew.")
-    return override(config, **{name: value for name, value in given.items() if name in allowed})
+        stored = getattr(config, name)
+        require(name in changes or value == stored, f"--{name} {value} contradicts {path}, where "
+                f"it is {stored}: leave it out or train anew.")
+    return override(config, **given)
 
-def drawing_config(checkpoint, path, given, allowed=FOR_SAMPLING):
-    """The Config to draw with: the checkpoint's, but where its run wrote and computed, and what is given."""
-    own = dict(samples_dir=Config.samples_dir, device=Config.device)
+def sampling_config(checkpoint, path, given, changes=None):
+    """A checkpoint's Config to sample with: settings as `given`, default device and samples_dir."""
+    defaults = dict(samples_dir=Config.samples_dir, device=Config.device)
     if checkpoint["config"].get("precision") == "fp16":  # which not every machine has
-        own["precision"] = Config.precision
-    return stored_config(checkpoint, path, own | given, allowed)
+        defaults["precision"] = Config.precision
+    return merged_config(checkpoint, path, defaults | given, changes or changeable("sample"))
 
-def load_weights(model, state, path):
+def load_weights(model, state_dict, path):
     """Load weights strictly, whatever wrapper they were saved from."""
+    plain = {name.removeprefix("module.").removeprefix("_orig_mod."): v
+             for name, v in state_dict.items()}
     try:
-        model.load_state_dict({re.sub(r"^(module\.)?(_orig_mod\.)?", "", k): v for k, v in state.items()})
+        model.load_state_dict(plain)
     except RuntimeError as e:
-        raise UserError(f"{path} does not fit its own network: {str(e).splitlines()[1].strip()} "
-                        "Use another.") from None
+        detail = str(e).splitlines()[1].strip()
+        message = f"{path} does not fit its own network: {detail} Use another."
+        raise UserError(message) from None
+
+def model_from_checkpoint(checkpoint, path, ema=True):
+    """The network in a checkpoint, in eval mode on the CPU; with the EMA weights if ema and any."""
+    config = override(stored_config(checkpoint, path), pretrained=False)
+    model = build_model(config, checkpoint["channels"], checkpoint["classes"])
+    weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint["weights"]
+    load_weights(model, weights, path)
+    return model.eval().requires_grad_(False)
 
 def load_model(path, device="cpu", ema=True):
-    """The model in a checkpoint: (model in eval mode, diffusion, config). model.classes names its classes.
-    ema: take the averaged weights where there are both. UserError if it is missing, foreign or damaged."""
+    """What a checkpoint holds: (model in eval mode, diffusion, config); UserError if it is no good.
+    ema: prefer the EMA weights. model.class_names: its classes."""
     checkpoint = read_checkpoint(path)
     config = stored_config(checkpoint, path)
-    model = build_model(override(config, pretrained=False), checkpoint["channels"], checkpoint["classes"])
-    load_weights(model, checkpoint["ema" if ema and "ema" in checkpoint else "weights"], path)
-    return model.to(device).eval().requires_grad_(False), make_diffusion(config, device), config
+    model = model_from_checkpoint(checkpoint, path, ema)
+    return model.to(device), make_diffusion(config, device), config
 
-# --------------------------------------------------------------------------------------------------- training
+def find_model(model_path):
+    """The model to sample from: model_path, or by default the one that comes with ddpm.py."""
+    shipped = HERE / "saved_models" / "animals.pt"
+    if model_path != Config.model_path or Path(model_path).exists() or not shipped.exists():
+        return model_path
+    print(f"There is no {model_path} yet: sampling from the model that comes with ddpm.py.")
+    return str(shipped)
+
+def model_digest(path):
+    """A short hash that tells model files apart."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+def step_folder(model_path):
+    """The folder of a model's step checkpoints. UserError if the path is no file's."""
+    path = Path(model_path)
+    require(path.name and not path.is_dir(),
+            f"--model_path {model_path} is a folder: give a file in it, as in {path / 'model.pt'}.")
+    return path.with_name(path.stem + "_steps")
+
+def step_files(model_path):
+    """A model's step checkpoints, oldest first."""
+    return sorted(step_folder(model_path).glob("step_*.pt"))
+
+def find_resume(config):
+    """What --resume means, (path, checkpoint): the one named, or the latest that can be read."""
+    if config.resume != "latest":
+        return config.resume, read_checkpoint(config.resume)
+    for path in reversed(step_files(config.model_path)):
+        try:
+            return str(path), read_checkpoint(path)
+        except UserError as e:
+            print(printable(f"warning: {e} Trying the one before."), file=sys.stderr)
+    raise UserError(f"Nothing to resume in {step_folder(config.model_path)}: leave out --resume to "
+                    "start a run.")
+
+def set_aside(path):
+    """Rename what an earlier run wrote, lest a new one overwrite it, and print its new name."""
+    if not path.exists():
+        return
+    kept = path.with_name(f"{path.name}.previous")
+    n = 2
+    while kept.exists():
+        kept = path.with_name(f"{path.name}.previous{n}")
+        n += 1
+    path.rename(kept)
+    print(f"kept      the earlier {path.name}, as {kept.name}")
+
+def load_matching_weights(model, path):
+    """Load those weights of a checkpoint that fit a new model. Returns a line about the others."""
+    checkpoint = read_checkpoint(path)
+    own = model.state_dict()
+    given = checkpoint.get("ema", checkpoint["weights"])
+    fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
+    if checkpoint["classes"] != model.class_names:  # rows of the label table mean other classes
+        fitting.pop("embed.labels.weight", None)
+    require(fitting, f"Nothing in {path} fits this network: choose the same --arch and --channels.")
+    model.load_state_dict(fitting, strict=False)
+    new = ", ".join([name for name in own if name not in fitting][:6]) or "none"
+    return f"start     from {path}: {len(fitting)} of {len(own)} tensors; new: {new}"
+
+# ---------------------------------------------------------------------------- devices and processes
+
+@dataclasses.dataclass
+class Runtime:
+    """Where and how a command computes."""
+    device: torch.device
+    precision: str  # fp32, bf16 or fp16
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self):
+        return self.rank == 0  # it prints and writes
+
+def start_runtime(config):
+    """The Runtime of a command. From now on processes that torchrun started can communicate."""
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        # What is on the CPU goes by gloo even beside GPUs, and does not wait for them.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # while one decodes
+    return Runtime(device, precision, rank, world_size)
+
+def leave_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 def choose_device(name):
     """The torch.device for --device: auto is CUDA, else Apple's MPS, else the CPU."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(n for n in there if there[n]) if name == "auto" else name
-    require(there[name], f"--device {name}: PyTorch sees none here. Give --device auto, or install another.")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None
-    require(not index or index < torch.cuda.device_count(), f"Process {index} has no GPU: there are "
-            f"{torch.cuda.device_count()}. Give torchrun --nproc_per_node as many, or --device cpu.")
-    if name == "cuda":
-        torch.cuda.set_device(index)  # or every process would use the first one too
-        torch.backends.cudnn.allow_tf32 = False  # or fp32 convolutions would round to ten bits
+    available = dict(
+        cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    require(available[name], f"--device {name}: PyTorch sees none here. Give --device auto, or "
+            "install another PyTorch.")
+    if name != "cuda":
+        return torch.device(name)
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    count = torch.cuda.device_count()
+    require(index < count, f"Process {index} has no GPU: there are {count}. Give torchrun "
+            "--nproc_per_node as many, or --device cpu.")
+    torch.cuda.set_device(index)  # or every process would use the first one too
+    torch.backends.cudnn.allow_tf32 = False  # or fp32 convolutions would round to ten bits
     return torch.device(name, index)
 
-def join_processes(device):
-    """This process's number among those that torchrun started, which can talk from now on, and how many."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:  # what is on the CPU goes by gloo even then, and does not wait for the GPU
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # while one decodes
-    return rank, world
-
 def choose_precision(name, device):
-    """fp32, bf16 or fp16 for --precision: auto is bf16 where the hardware has instructions for it."""
-    kind = device.type
-    require(name != "fp16" or kind == "cuda", f"--precision fp16 needs a CUDA GPU, not {kind}: use bf16.")
-    bf16 = torch.cuda.get_device_capability(device) >= (8, 0) if kind == "cuda" else (
-        kind == "cpu" and torch.cpu._is_avx512_bf16_supported())
-    return name if name != "auto" else "bf16" if bf16 else "fp32"
+    """fp32, bf16 or fp16 for --precision: auto is bf16 where the hardware has it built in."""
+    require(name != "fp16" or device.type == "cuda",
+            f"--precision fp16 needs a CUDA GPU, not {device.type}: use bf16.")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"
+
+def describe_device(device):
+    """What a device is called, with its memory or threads."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)"
+    cpuinfo = Path("/proc/cpuinfo")
+    name = ""
+    if cpuinfo.exists():
+        name = cpuinfo.read_text().partition("model name\t: ")[2].partition("\n")[0]
+    name = name or platform.processor() or platform.machine()
+    return f"{device.type} ({name}, {torch.get_num_threads()} threads)"
+
+def peak_memory(device):
+    """The most memory in use so far, in MB: the GPU's, else the process's; 0: unknown."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6)
 
 def keep_memory():
-    """Have glibc keep freed memory, not fault it in again at every step: 5 to 30 % faster on a CPU."""
+    """Have glibc keep freed memory, not fault it in again each step: 5 to 30 % faster on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # where there is no glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
+class StopRequest:
+    """Whether somebody asked to stop: the number of the signal, 0 as long as nobody did."""
+    signal = 0
+
 @contextlib.contextmanager
 def stop_requests():
-    """Collects SIGTERM and Ctrl-C in a list that a loop can look at; a second Ctrl-C quits at once."""
-    asked = []
-    def handle(number, _):
-        if asked and number == signal.SIGINT:
-            os._exit(130)
-        asked.append(number)
+    """A StopRequest that notes SIGTERM and Ctrl-C; a second Ctrl-C is KeyboardInterrupt."""
+    request = StopRequest()
 
-    with contextlib.ExitStack() as undo:
-        with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            for s in (signal.SIGINT, signal.SIGTERM):
-                undo.callback(signal.signal, s, signal.signal(s, handle))
-        yield asked
+    def note(number, frame):
+        if request.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal = number
 
-class Clock:
-    """How far training is: steps done, seconds spent, and the share of the planned length, 0 to 1."""
-    def __init__(self, c, pictures):
-        self.steps = math.ceil(c.epochs * pictures / c.batch_size) if c.epochs else c.steps
-        self.limit = 60 * (c.minutes or 0)
-        self.step, self.before, self.started = 0, 0.0, time.monotonic()
-        # --minutes includes the last pictures. Until some have been drawn and timed (self.ending), what they
-        # cost is guessed in training steps: to evaluate the network once is half of training on a picture.
-        self.ending, evaluations = None, c.num_samples * c.sampling_steps
-        self.ending_in_steps = evaluations * (1 if c.guidance == 1 else 2) / c.batch_size / 2
+    previous = {}
+    with contextlib.suppress(ValueError):  # only the main thread may handle signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+class Agreement:
+    """progress (0 to 1) and stop_signal (0: none), the same in all processes."""
+    def __init__(self, config, state, runtime):
+        self.runtime = runtime
+        self.by_clock = config.minutes is not None
+        self.ends = (state.step, state.total_steps)
+
+    def update(self, step, stop_signal, progress):
+        """Any process may ask to stop; with --minutes the clock of rank 0 counts."""
+        if self.runtime.world_size == 1:
+            self.stop_signal = stop_signal
+            self.progress = progress
+            return
+        if step % 10 == 0 or step in self.ends:  # not more often: it takes time
+            vote = torch.tensor([stop_signal, progress if self.runtime.is_main else 0.0])
+            dist.all_reduce(vote, dist.ReduceOp.MAX)
+            self.stop_signal = int(vote[0])
+            self.progress = vote[1].item()
+        if not self.by_clock:
+            self.progress = progress  # a function of the step, the same in all processes
+
+# ----------------------------------------------------------------------------------------- training
+
+class TrainState:
+    """What changes during training. network: the model as training calls it, perhaps compiled."""
+    def __init__(self, config, model, images, runtime):
+        device = runtime.device
+        self.config = config
+        self.images = images
+        self.precision = runtime.precision
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False).to(device)
+        self.model = model.to(device)
+        self.network = torch.compile(model) if config.compile else model
+        if runtime.world_size > 1:
+            device_ids = [device.index] if device.type == "cuda" else None
+            self.network = nn.parallel.DistributedDataParallel(self.network, device_ids)
+        self.optimizer = make_optimizer(config, model, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "fp16")
+        self.ema_tensors = list(self.ema.state_dict().values())  # collecting them takes time
+        self.model_tensors = list(model.state_dict().values())
+        self.step = 0
+        self.total_steps = config.steps  # None with --minutes
+        if config.epochs:
+            self.total_steps = math.ceil(config.epochs * len(images.train) / config.batch_size)
+        self.seconds_before = 0.0  # of the processes that this one resumes
+        self.started = time.monotonic()
+        self.lr = 0.0  # of the last step, as is grad_norm
+        self.grad_norm = None
 
     def seconds(self):
-        return self.before + time.monotonic() - self.started
+        return self.seconds_before + time.monotonic() - self.started
 
-    def share(self):
-        if self.steps:
-            return min(self.step / self.steps, 1)
-        ending = self.ending or self.ending_in_steps * self.seconds() / max(self.step, 1)
-        return min(self.seconds() / (self.limit - min(ending, self.limit / 2)), 1)  # half at least trains
+    def epochs(self):
+        return self.step * self.config.batch_size / len(self.images.train)
 
-def learning_rate(config, step, share):
-    """A linear rise over warmup_steps; then constant, or half a cosine down to 0 at the end of training."""
-    fall = 0.5 + 0.5 * math.cos(math.pi * share) if config.lr_schedule == "cosine" else 1
-    return config.lr * min(1, (step + 1) / (config.warmup_steps + 1)) * fall
+    def progress(self):
+        """The fraction of the planned steps, or of the time budget, that is over: 0 to 1."""
+        if self.total_steps:
+            return min(self.step / self.total_steps, 1)
+        return min(self.seconds() / (60 * self.config.minutes), 1)
 
-def step_files(model_path):
-    """The folder of a model's step checkpoints, and those in it, oldest first."""
-    path = Path(model_path)
-    require(path.name and not path.is_dir(),
-            f"--model_path {model_path} is a folder: give a file in it, as in {path / 'model.pt'}.")
-    folder = path.with_name(path.stem + "_steps")
-    return folder, sorted(folder.glob("step_*.pt"))
+    def save(self):
+        """Write the model and a step checkpoint, delete those beyond --keep_last. Returns paths."""
+        model_state = dict(
+            format=FORMAT, config=dataclasses.asdict(self.config), classes=self.model.class_names,
+            channels=self.model.image_channels, data=self.images.fingerprint,
+            held_out=self.images.validation.tolist(), step=self.step, seconds=self.seconds(),
+            weights=dict(self.model.state_dict()), ema=dict(self.ema.state_dict()))
+        if not all_finite(model_state["weights"], model_state["ema"]):
+            self.fail_non_finite("weights, not saved,", self.step)
+        full_state = model_state | dict(
+            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        model_path = self.config.model_path
+        step_path = step_folder(model_path) / f"step_{self.step:08d}.pt"
+        written = [atomic_write(step_path, lambda f: torch.save(full_state, f)),
+                   atomic_write(model_path, lambda f: torch.save(model_state, f))]
+        resumed_from = Path(self.config.resume or "").resolve()
+        for old in step_files(model_path)[: -self.config.keep_last]:  # the new one is durable
+            if old.resolve() != resumed_from:
+                old.unlink(missing_ok=True)
+        return written
 
-def find_resume(config):
-    """What --resume means, (path, checkpoint): the latest that can be read, or exactly the one named."""
-    if config.resume != "latest":
-        return config.resume, read_checkpoint(config.resume)
-    folder, files = step_files(config.model_path)
-    for path in reversed(files):
+    def load(self, checkpoint, path):
+        """Continue from what `save` wrote. UserError for other data, network or optimiser."""
+        require(checkpoint.get("data") == self.images.fingerprint, f"{path} was trained on other "
+                f"data ({checkpoint.get('data')}; here {self.images.fingerprint}): restore the "
+                "images, or start a new run with --init_from.")
+        load_weights(self.model, checkpoint["weights"], path)
+        load_weights(self.ema, checkpoint["ema"], path)
         try:
-            return path, read_checkpoint(path)
-        except UserError as e:
-            print(shown(f"warning: {e} Trying the one before."), file=sys.stderr)
-    raise UserError(f"Nothing to resume in {folder}: leave out --resume to start a run.")
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        except Exception as e:  # they do not check what they are given
+            message = f"{path} has no state of this optimiser ({printable(e)}): use another."
+            raise UserError(message) from None
+        self.step = checkpoint["step"]
+        self.seconds_before = checkpoint["seconds"]
 
-def set_aside(*paths):
-    """Rename what an earlier run wrote, lest a new one overwrite it or mix with it, and say so."""
-    for path in paths:
-        if path.exists():
-            names = (path.with_name(f"{path.name}.previous{n if n > 1 else ''}") for n in range(1, 10**6))
-            kept = path.rename(next(name for name in names if not name.exists()))
-            print(f"kept      the earlier {path.name}, as {kept.name}")
+    def fail_non_finite(self, what, step):
+        last = (step_files(self.config.model_path) or ["none yet"])[-1]
+        raise UserError(f"Non-finite {what} at step {step} (lr {self.lr:.2g}, {self.precision}). "
+                        f"Last good checkpoint: {last}. Try --precision fp32 or a lower --lr.")
 
-def initialise(model, path):
-    """Load what fits of a checkpoint into a new model. Returns a sentence that names what does not."""
-    checkpoint, own = read_checkpoint(path), model.state_dict()
-    given = checkpoint.get("ema", checkpoint["weights"])
-    fits = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
-    if checkpoint["classes"] != model.classes:  # a row of the label table means another class there
-        fits.pop("embed.labels.weight", None)
-    require(fits, f"Nothing in {path} fits this network: choose the same --arch and --channels.")
-    model.load_state_dict(fits, strict=False)
-    new = ", ".join([k for k in own if k not in fits][:6]) or "none"
-    return f"start     from {path}: {len(fits)} of {len(own)} tensors; new: {new}"
+class LossMeter:
+    """The training loss since the last `read`, in all and by quarter of the timesteps, and the
+    first step that was not finite (-1: none). All of it stays on the device until it is read."""
+    def __init__(self, T, runtime):
+        self.T = T
+        self.world_size = runtime.world_size
+        self.patience = 50 if runtime.precision == "fp16" else 1  # a scaler overflows at first
+        self.sums = torch.zeros(2, 4, device=runtime.device)  # of losses, of images
+        self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=runtime.device)
+        self.first_bad = torch.full((), -1, device=runtime.device)
+        self.since = time.monotonic()
+
+    def add(self, losses, t):
+        """Count the losses (n,) of images at timesteps t (n,)."""
+        losses = losses.detach()
+        counts = torch.ones_like(losses)
+        self.sums.index_add_(1, t * 4 // self.T, torch.stack([losses, counts]))
+
+    def end_step(self, step, total):
+        """Note whether a step was finite. total: a scalar that is not if the step was not."""
+        self.bad_in_a_row = torch.where(torch.isfinite(total), 0, self.bad_in_a_row + 1)
+        too_many = (self.first_bad < 0) & (self.bad_in_a_row >= self.patience)
+        self.first_bad = torch.where(too_many, step, self.first_bad)
+
+    def read(self):
+        """Means over all processes as a dictionary, empty without images; starts anew."""
+        if self.world_size > 1:
+            dist.all_reduce(self.sums)
+        losses, counts = self.sums.tolist()
+        seconds = time.monotonic() - self.since
+        self.sums.zero_()
+        self.since = time.monotonic()
+        if not sum(counts):
+            return {}
+        quarters = [loss / n if n else None for loss, n in zip(losses, counts)]
+        return dict(loss=sum(losses) / sum(counts), loss_quarters=quarters,
+                    images_per_s=round(sum(counts) / seconds, 1))
 
 def train(config):
-    """Train as the Config says and write model, checkpoints and pictures. Returns the model's path. UserError
-    for what the user can mend; SystemExit 130 or 143 after a clean stop by Ctrl-C or SIGTERM."""
+    """Train and write model, checkpoints and images. Returns the model's path. UserError for what
+    the user can fix; SystemExit 130 or 143 after a clean stop by Ctrl-C or SIGTERM."""
     check(config)
-    there, data = Path(config.samples_dir).resolve(), Path(config.data_path).resolve()
-    require(not there.is_relative_to(data), f"--samples_dir {there} is inside --data_path {data}, and what "
-            "is written there would be learned too: choose another folder.")
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
-    rank, world = join_processes(device)
-    slices = world * config.grad_accum
-    require(config.batch_size % slices == 0, f"--batch_size {config.batch_size} does not split into {slices} "
-            f"({world} processes, --grad_accum {config.grad_accum}): use a multiple of {slices}.")
-    deepest = network_size(config.image_size) // {"simple": 16, "resnet18": 32}.get(config.arch, 1)
-    require(deepest > 1 or config.batch_size > slices, f"--batch_size {config.batch_size} leaves --arch "
-            f"{config.arch} one pixel to normalise by: use {2 * slices} or more, or a larger --image_size.")
+    if not config.resume:
+        return train_run(config)
+    path, checkpoint = find_resume(config)
+    return train_run(resumed_config(checkpoint, path, dataclasses.asdict(config)), checkpoint)
 
-    # ---- data, network, optimiser, and where an earlier run left off
-    path, resumed = find_resume(config) if config.resume else (None, None)
-    if resumed:
-        kinds = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
-        require(all(isinstance(resumed.get(k), kind) for k, kind in kinds.items()),
-                f"{path} is a model to sample from, not all that a run needs to go on: give --resume one of "
-                f"{step_files(config.model_path)[0]}, or start a new run with --init_from {path}.")
-        config = stored_config(resumed, path, dataclasses.asdict(config), FOR_RESUMING)
-    images = load_images(config, device)
-    keep_memory()  # not before: large pictures being decoded take much that is not needed again
-    if not images.classes:
-        config = override(config, guidance=1.0)  # there is nothing to guide by
+def resumed_config(checkpoint, path, given):
+    """The Config in a checkpoint, to resume its run with the settings `given`."""
+    types = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
+    require(has_types(checkpoint, types), f"{path} is a model to sample from, not all that is "
+            f"needed to resume a run: give --resume one of {step_folder(path)}, or start a new run "
+            f"with --init_from {path}.")
+    return merged_config(checkpoint, path, given | dict(resume=str(path)), changeable("resume"))
+
+def train_run(config, checkpoint=None):
+    """Train from the start, or on from a step checkpoint. Returns the model's path."""
+    check(config)
+    runtime = start_runtime(config)
+    check_run(config, runtime)
+    images = load_images(config, runtime.device)
+    keep_memory()  # not before: decoding large images takes much that is not needed again
+    if not images.class_names:
+        config = override(config, guidance=1.0)  # there is no class to guide by
     torch.manual_seed(config.seed)
-    model = build_model(config, images.channels, images.classes)
-    origin = initialise(model, config.init_from) if config.init_from else None
-    ema = copy.deepcopy(model).eval().requires_grad_(False).to(device)
-    model.to(device)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    optimizer = kind(model.parameters(), weight_decay=config.weight_decay, fused=device.type != "mps")
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    clock = Clock(config, len(images.train))
-    if resumed:
-        require(resumed.get("data") == images.fingerprint,
-                f"{path} was trained on other data ({resumed.get('data')}; here {images.fingerprint}): "
-                "restore the pictures, or start a new run with --init_from.")
-        load_weights(model, resumed["weights"], path)
-        load_weights(ema, resumed["ema"], path)
-        try:
-            optimizer.load_state_dict(resumed["optimizer"])
-            scaler.load_state_dict(resumed["scaler"])
-        except Exception as e:  # they look into it without care
-            raise UserError(f"{path} has no state of this optimiser ({shown(e)}): use another.") from None
-        clock.step, clock.before = resumed["step"], resumed["seconds"]
-        origin = f"resuming  {path} at step {clock.step}"
-        del resumed  # or it would take memory to the end
-    madds, kept = measure(model, device, precision)  # of one more picture
-    # A step takes half as much again as it keeps for going back; a weight with its gradient, average and
-    # optimiser's moments is five floats.
-    memory = 1.5 * kept * config.batch_size / slices + 20 * sum(p.numel() for p in model.parameters())
-    free = free_memory(device)
-    model.recompute = config.arch == "unet" and memory > 0.7 * free
-    diffusion = make_diffusion(config, device)
-    net = torch.compile(model) if config.compile else model
-    if world > 1:
-        net = nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
-    cost = f"{madds / 1e9:.3g} G multiply-adds and {kept / 1e6:.3g} MB a picture"
-    space = f"about {memory / 1e9:.2g} GB a step, {free / 1e9:.3g} GB free"
-    if model.recompute:
-        space += "; too much, so stages are computed again going back, for two thirds of it"
-    if memory > free:
-        space += f"; try --grad_accum {2 * config.grad_accum}"
-    machine = f"{describe(device)}, {precision}, processes {world}, torch {torch.__version__}"
-    banner(config, images, model, clock, cost, machine, space, origin)
+    model = build_model(config, images.channels, images.class_names)
+    origin = load_matching_weights(model, config.init_from) if config.init_from else None
+    state = TrainState(config, model, images, runtime)
+    if checkpoint:
+        state.load(checkpoint, config.resume)
+        origin = f"resuming  {config.resume} at step {state.step}"
+        checkpoint.clear()  # or it would take memory to the end
+    diffusion = make_diffusion(config, runtime.device)
+    print_banner(config, state, runtime, origin)
     if config.dry_run:
-        return dry_run(net, diffusion, images, config, device, precision, slices, optimizer)
-    preview = make_previews(config, images, diffusion, device, precision, world)
-    log = RunLog(config, images, clock, device) if rank == 0 else None  # one process tells and writes
-
-    def require_finite(good, what, step):
-        last = good or (step_files(config.model_path)[1] or ["none yet"])[-1]
-        require(good, f"Non-finite {what} at step {step} (lr {lr:.2g}, {precision}). Last good checkpoint: "
-                f"{last}. Try --precision fp32 or a lower --lr.")
-
-    def save():
-        state = dict(
-            format=FORMAT, config=dataclasses.asdict(config), classes=model.classes, channels=model.channels,
-            data=images.fingerprint, held_out=images.held_out.tolist(), step=clock.step,
-            seconds=clock.seconds(), weights=dict(model.state_dict()), ema=dict(ema.state_dict()))
-        require_finite(all_finite(state["weights"], state["ema"]), "weights, not saved,", clock.step)
-        whole = state | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        step_path = step_files(config.model_path)[0] / f"step_{clock.step:08d}.pt"
-        log.wrote(atomic_write(step_path, lambda f: torch.save(whole, f)),  # all that is needed to go on
-                  atomic_write(config.model_path, lambda f: torch.save(state, f)))
-        for old in step_files(config.model_path)[1][: -config.keep_last]:  # the new ones are durable by now
-            if old.resolve() != Path(path or "").resolve():  # never the one resumed from
-                old.unlink(missing_ok=True)
-
-    # Kept on the device and read only to print or save: sums of loss and pictures by quarter of the steps t;
-    # how many steps in a row were not finite; the first step at which they were too many (-1: none).
-    sums = torch.zeros(2, 4, device=device)
-    streak, bad_step = torch.zeros((), dtype=torch.int64, device=device), torch.full((), -1, device=device)
-    patience = 50 if scaler.is_enabled() else 1  # a scaler finds its scale by overflowing
-    begun = drawn = clock.step  # where this process began, and last drew
-    lr, grad_norm = 0.0, None  # of the step before
-    averages, weights = (list(m.state_dict().values()) for m in (ema, model))  # to gather them takes time
-    clock.started = time.monotonic()  # --minutes counts from here
-
-    with stop_requests() as asked, log.bar if log else contextlib.nullcontext():  # closes the bar
-        while True:
-            # ---- rare things: stop, print, save, draw
-            stopping = asked[0] if asked else 0  # the number of the signal
-            share = clock.share()
-            if world > 1:  # every tenth step: any process can ask to stop, and the first one's clock counts
-                if clock.step % 10 == 0 or clock.step in (begun, clock.steps):
-                    said = torch.tensor([stopping, share if rank == 0 else 0.0])
-                    dist.all_reduce(said, dist.ReduceOp.MAX)
-                    said = said.tolist()
-                stopping, share = int(said[0]), share if clock.steps else said[1]
-            done = share >= 1
-            leave = done or stopping
-            save_now = leave or clock.step % config.save_every == 0
-            if clock.step % config.log_every == 0 or save_now:
-                require_finite(bad_step.item() < 0, "loss", bad_step.item())
-                if world > 1:
-                    dist.all_reduce(sums)
-                if log and sums[1].sum() > 0:
-                    log.line(sums.tolist(), grad_norm.item(), lr)
-                sums.zero_()
-            if clock.step > begun and save_now and log:
-                save()
-            if clock.step > drawn and (clock.step % config.sample_every == 0 or done) and not stopping:
-                began, drawn = time.monotonic(), clock.step
-                pictures = preview(ema, asked)
-                if log and pictures:
-                    log.pictures(*pictures)
-                clock.ending = max(clock.ending or 0, time.monotonic() - began)
-            if leave:
-                break
-            # ------------------------------------------------------------------------------ one training step
-            lr = learning_rate(config, clock.step, share)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            for i in range(config.grad_accum):
-                number = rank * config.grad_accum + i  # all that is drawn depends on seed, step and slice
-                torch.manual_seed(mix(config.seed, 3, clock.step, number))
-                x0, y = images.batch(clock.step, config.batch_size, number, slices, device)
-                y = torch.where(torch.rand(len(y), device=device) < config.label_dropout, -1, y)
-                t = torch.randint(config.timesteps, (len(x0),), device=device)
-                eps = torch.randn_like(x0)
-                wait = world > 1 and i < config.grad_accum - 1  # gradients meet after the last slice
-                with net.no_sync() if wait else contextlib.nullcontext():
-                    with autocast(device, precision):
-                        losses = diffusion.loss(net, x0, t, eps, y)  # (n,)
-                    scaler.scale(losses.mean() / config.grad_accum).backward()
-                losses = losses.detach()  # or every step's graph would hang on the sums for ever
-                sums.index_add_(1, t * 4 // config.timesteps, torch.stack([losses, torch.ones_like(losses)]))
-            scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            update_ema(averages, weights, clock.step, config.ema_decay)
-            streak = torch.where(torch.isfinite(grad_norm + losses.sum()), 0, streak + 1)
-            bad_step = torch.where((bad_step < 0) & (streak >= patience), clock.step, bad_step)
-            clock.step += 1
-            # ------------------------------------------------------------------------------------------------
-            if log:
-                log.tick()
-    if log:
-        log.close(stopping)
-    if world > 1:
-        dist.destroy_process_group()
-    if stopping:
-        raise SystemExit(128 + stopping)
+        dry_run(config, state, diffusion, runtime)
+        return None
+    previewer = Previewer(config, images, diffusion, runtime)  # fails now if --classes is wrong
+    logger = open_run(config, state) if runtime.is_main else None
+    stop_signal = train_loop(config, state, diffusion, runtime, previewer, logger)
+    if logger:
+        close_run(config, runtime, logger, stop_signal)
+    leave_processes()
+    if stop_signal:
+        raise SystemExit(128 + stop_signal)
     return Path(config.model_path)
 
-def make_previews(config, images, diffusion, device, precision, world):
-    """preview(ema, asked) -> (t, (clean, noisy, predicted), generated, held-out loss or None); None if it was
-    stopped. It takes the same pictures, timesteps and noise each time, so that grids compare."""
-    labels = sample_labels(config, images.classes, config.num_samples)
-    generator = torch.Generator().manual_seed(mix(config.seed, 4, 1))
-    def fixed(rows):  # x0, t spread over 0..T-1, eps, y
-        x0, y = images.take(rows, device)
-        t = ((torch.arange(len(rows)) + 0.5) * config.timesteps / max(len(rows), 1)).long()
-        return x0, t.to(device), torch.randn(x0.shape, generator=generator).to(device), y
+def check_run(config, runtime):
+    """UserError if the run would train on its own output, or its batches do not split up."""
+    samples_dir = Path(config.samples_dir).resolve()
+    data_path = Path(config.data_path).resolve()
+    require(not samples_dir.is_relative_to(data_path),
+            f"--samples_dir {samples_dir} is inside --data_path {data_path}, and what is written "
+            "there would be trained on too: choose another folder.")
+    n = runtime.world_size * config.grad_accum
+    require(config.batch_size % n == 0, f"--batch_size {config.batch_size} does not split into {n} "
+            f"({runtime.world_size} processes, --grad_accum {config.grad_accum}): use a multiple "
+            f"of {n}.")
+    if config.arch != "unet":  # BatchNorm needs two values
+        deepest_side = network_size(config.image_size) // total_stride(config)
+        require(deepest_side > 1 or config.batch_size > n, f"--batch_size {config.batch_size} "
+                f"leaves --arch {config.arch} one pixel to normalise by: use {2 * n} or more, or a "
+                "larger --image_size.")
 
-    x0, t, eps, y = fixed(spread(images.train, 8))
-    held_out = fixed(spread(images.held_out, 256))  # the same four of these
-    xt = diffusion.q_sample(x0, t, eps)
-    @torch.no_grad()
-    def preview(ema, asked):
-        with autocast(device, precision):
-            pred = diffusion.predict_x0(ema(xt, t, y).float(), xt, t)
-            parts = zip(*(v.split(64) for v in held_out)) if len(images.held_out) else ()
-            losses = [diffusion.loss(ema, *part) for part in parts]
-        drawn = draw(ema, diffusion, config, labels, precision, lambda *_: asked and world == 1)
-        held = torch.cat(losses).mean().item() if losses else None
-        return None if drawn is None else (t.tolist(), (x0, xt, pred), drawn, held)
-    return preview
+def train_loop(config, state, diffusion, runtime, previewer, logger):
+    """Train to the end or a stop request. Returns its signal, or 0. logger: None unless is_main."""
+    meter = LossMeter(diffusion.T, runtime)
+    agreement = Agreement(config, state, runtime)
+    start_step = last_preview_step = state.step
+    state.started = time.monotonic()  # --minutes counts from here
+    with stop_requests() as stop, progress_bar(state, runtime) as bar:
+        while True:
+            # ------------------------------------------- agree whether to go on, log, save, preview
+            agreement.update(state.step, stop.signal, state.progress())
+            finished = agreement.progress >= 1
+            leaving = finished or agreement.stop_signal
+            save_due = leaving or state.step % config.save_every == 0
+            if save_due or state.step % config.log_every == 0:
+                first_bad = meter.first_bad.item()  # waits for the device
+                if first_bad >= 0:
+                    state.fail_non_finite("loss", first_bad)
+                means = meter.read()
+                if logger and means:
+                    logger.log_training(state, means)
+                    bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+            if save_due and logger and state.step > start_step:
+                logger.files += state.save()
+            preview_due = finished or state.step % config.sample_every == 0
+            if preview_due and state.step > last_preview_step and not agreement.stop_signal:
+                last_preview_step = state.step
+                before = time.monotonic()
+                preview = previewer.make(state.ema, stop)
+                if logger and preview:
+                    logger.log_preview(state, preview)
+                meter.since += time.monotonic() - before  # not spent on training
+            if leaving:
+                return agreement.stop_signal
+            # -------------------------------------------------------------------- one training step
+            state.lr = learning_rate(config, state.step, agreement.progress)
+            train_step(config, state, diffusion, runtime, meter)
+            # --------------------------------------------------------------------------------------
+            bar.update(round(state.progress() * bar.total) - bar.n)
 
-def banner(config, images, model, clock, cost, machine, space, origin):
-    """Say what the run will do, and what to expect of it, before it begins."""
-    c, n, abar = config, len(images.train), make_diffusion(config).abar[-2].item()
-    counts = torch.bincount(images.labels[images.train] + 1, minlength=len(images.class_names) + 1)
-    counts = counts[1:].tolist()  # without those of no class
-    classes = [f"{shown(name)} {k}" for name, k in zip(images.class_names, counts)]
+def train_step(config, state, diffusion, runtime, meter):
+    """One step of the optimiser and the EMA. Returns the last micro-batch's x0 and losses."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = state.lr
+    num_micro_batches = runtime.world_size * config.grad_accum
+    for i in range(config.grad_accum):
+        # Everything random is a function of the seed, the step and the micro-batch.
+        micro_batch = runtime.rank * config.grad_accum + i
+        torch.manual_seed(derive_seed(config.seed, Stream.TRAINING, state.step, micro_batch))
+        x0, y = state.images.batch(
+            state.step, config.batch_size, micro_batch, num_micro_batches, runtime.device)
+        hidden = torch.rand(len(y), device=runtime.device) < config.label_dropout
+        y = torch.where(hidden, -1, y)
+        t = torch.randint(config.timesteps, (len(x0),), device=runtime.device)
+        eps = torch.randn_like(x0)
+        with gradient_sync(state.network, i == config.grad_accum - 1):
+            with autocast(runtime.device, runtime.precision):
+                losses = diffusion.loss(state.network, x0, t, eps, y)  # (n,)
+            state.scaler.scale(losses.mean() / config.grad_accum).backward()
+        meter.add(losses, t)
+    state.scaler.unscale_(state.optimizer)
+    max_norm = config.grad_clip or math.inf
+    state.grad_norm = nn.utils.clip_grad_norm_(state.model.parameters(), max_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    update_ema(state.ema_tensors, state.model_tensors, state.step, config.ema_decay)
+    meter.end_step(state.step, state.grad_norm + losses.detach().sum())
+    state.step += 1
+    return x0, losses.detach()
+
+def gradient_sync(network, wanted):
+    """The context of a backward pass: processes average their gradients only after the last."""
+    if wanted or not isinstance(network, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return network.no_sync()
+
+def dry_run(config, state, diffusion, runtime):
+    """One training step that writes nothing, and what it took."""
+    state.lr = learning_rate(config, state.step, state.progress())
+    x0, losses = train_step(config, state, diffusion, runtime, LossMeter(diffusion.T, runtime))
+    memory = peak_memory(runtime.device)
+    print(f"dry run   in and out {tuple(x0.shape)}, from {x0.min():.2f} to {x0.max():.2f}; loss "
+          f"{losses.mean():.3f}; peak memory {memory} MB. No model was written")
+    leave_processes()
+
+def print_banner(config, state, runtime, origin):
+    """Print what the run will do. origin: where its weights come from; None: random."""
+    images = state.images
+    n = len(images.train)
+    abar = make_diffusion(config).abar[-2].item()
+    parameters = sum(p.numel() for p in state.model.parameters())
+    labels = images.labels[images.train]
+    counts = torch.bincount(labels[labels >= 0], minlength=len(images.all_class_names)).tolist()
+    names = map(printable, images.all_class_names)
+    classes = [f"{name} {count}" for name, count in zip(names, counts)]
     if len(classes) > 12:
         classes[12:] = [f"{len(classes) - 12} more"]
-    told = (", ".join(classes) or "none") + ("; not learned" if classes and not model.classes else "")
-    seen, length = (clock.steps or 0) * c.batch_size, f"{c.minutes or 0:g} minutes"
-    if seen:
-        length = f"{clock.steps} steps, {seen:,} pictures, {seen / n:.4g} passes"
-    print(f"data      {shown(c.data_path)}: {images.found} found, {n} to train on, {len(images.held_out)} "
-          f"held out, {images.bad} unreadable; {c.image_size}x{c.image_size}, {images.channels} channels\n"
-          f"classes   {told}\n"
-          f"network   {c.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, {cost}\n"
-          f"device    {machine}\nmemory    {space}\n"
-          f"diffusion T {c.timesteps}, {c.schedule}, predicts {c.predict}, {c.loss} loss, abar_T {abar:.2g}\n"
-          f"plan      {length} in batches of {c.batch_size}; a checkpoint every {c.save_every} steps, the "
-          f"last {c.keep_last} kept in {step_files(c.model_path)[0].resolve()}")
-    notes = [
-        (counts and max(counts) > 10 * min(counts),
-         "warning: the classes are far out of balance; expect the small ones to look worse"),
-        (abar > 0.01, "warning: abar_T is above 0.01: sampling starts from purer noise than the network ever "
-         "sees. Leave out --beta_start and --beta_end (a recipe's own go with --schedule cosine), or expect "
-         "wrong colours"),
-        (n < c.batch_size, f"warning: {n} pictures for a batch of {c.batch_size}: they repeat in it"),
-        (n < 1000, f"note: {n} pictures will be learned by heart; from about 1,000 on a model invents"),
-        (origin, origin)]  # where the weights come from, if not from chance
-    print("".join(f"{note}\n" for holds, note in notes if holds), end="")
+    if classes and not images.class_names:
+        classes[-1] += "; not learned"
+    length = f"{config.minutes or 0:g} minutes"
+    if state.total_steps:
+        seen = state.total_steps * config.batch_size
+        length = f"{state.total_steps} steps, {seen:,} images, {seen / n:.4g} epochs"
+    print(f"data      {printable(config.data_path)}: {images.num_found} found, {n} for training, "
+          f"{len(images.validation)} for validation, {images.num_unreadable} unreadable; "
+          f"{config.image_size}x{config.image_size}, {images.channels} channels\n"
+          f"classes   {', '.join(classes) or 'none'}\n"
+          f"network   {config.arch}, {parameters:,} parameters\n"
+          f"device    {describe_device(runtime.device)}, {runtime.precision}, processes "
+          f"{runtime.world_size}, torch {torch.__version__}\n"
+          f"diffusion T {config.timesteps}, {config.schedule}, predicts {config.predict}, "
+          f"{config.loss} loss, abar_T {abar:.2g}\n"
+          f"plan      {length} in batches of {config.batch_size}; a checkpoint every "
+          f"{config.save_every} steps, the last {config.keep_last} kept in "
+          f"{step_folder(config.model_path).resolve()}")
+    if counts and max(counts) > 10 * min(counts):
+        print("warning: the classes are far out of balance; expect the small ones to look worse")
+    if abar > 0.01:
+        print("warning: abar_T is above 0.01: sampling starts from purer noise than the network "
+              "is trained on. Leave out --beta_start and --beta_end (a recipe's own go with "
+              "--schedule cosine), or expect wrong colours")
+    if n < config.batch_size:
+        print(f"warning: {n} images for a batch of {config.batch_size}: they repeat in it")
+    if n < 1000:
+        print(f"note: {n} images will be memorised; from about 1,000 on a model invents")
+    if origin:
+        print(origin)
 
-class RunLog:
-    """What a run tells and writes: progress bar, metrics.jsonl, pictures, and the list of its files."""
-    def __init__(self, config, images, clock, device):
-        self.config, self.clock, self.device, self.total = config, clock, device, len(images.train)
-        self.classes, self.files, self.rows, self.folder = images.classes, {}, [], Path(config.samples_dir)
-        self.track = make_tracker(config)
-        self.metrics, self.last = self.folder / "metrics.jsonl", (clock.step, time.monotonic())
-        there = clock.step and self.metrics.exists()
-        earlier = self.metrics.read_text(errors="replace").splitlines()[1:] if there else []
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a crash cut short
-            self.rows.extend(row for row in map(json.loads, earlier) if row["step"] <= clock.step)
-        folder, steps = step_files(config.model_path)
-        name = glob.escape(Path(config.model_path).name)
-        for half in [*folder.glob(".step_*.tmp"), *folder.parent.glob(f".{name}.*.tmp")]:
-            half.unlink()  # a crash left it
-        later = [f for f in steps if f.stem > f"step_{clock.step:08d}"]  # unreadable, or of another branch
-        set_aside(*(later if clock.step else [Path(config.model_path), folder]))
-        os.remove(atomic_write(folder / "probe", lambda f: None))  # if it cannot be written to, say so now
-        head = dict(config=dataclasses.asdict(config), data=images.fingerprint, torch=torch.__version__,
+def progress_bar(state, runtime):
+    """A bar of the steps, or of the seconds of --minutes."""
+    unit = "step" if state.total_steps else "s"
+    total = state.total_steps or round(60 * state.config.minutes)
+    interval = 0.1 if sys.stderr.isatty() else 10  # seconds; in a file every update stays
+    return tqdm(total=total, initial=round(state.progress() * total), unit=unit, smoothing=0.05,
+                mininterval=interval, dynamic_ncols=True, disable=not runtime.is_main)
+
+def open_run(config, state):
+    """Prepare the folders of a run and write the plots of its start. Returns its MetricsLogger."""
+    logger = MetricsLogger(config, make_tracker(config))
+    folder = step_folder(config.model_path)
+    model_name = glob.escape(Path(config.model_path).name)
+    for partial in [*folder.glob(".step_*.tmp"), *folder.parent.glob(f".{model_name}.*.tmp")]:
+        partial.unlink()  # a crash left it
+    if state.step:
+        for file in step_files(config.model_path):
+            if file.stem > f"step_{state.step:08d}":  # unreadable, or of another branch of the run
+                set_aside(file)
+    else:
+        set_aside(Path(config.model_path))
+        set_aside(folder)
+    os.remove(atomic_write(folder / "probe", lambda f: None))  # fails now if it cannot be written
+    logger.open(state.images.fingerprint, state.step)
+    logger.files += write_start_plots(config, state.images)
+    return logger
+
+def close_run(config, runtime, logger, stop_signal):
+    """Print how a run ended and what it wrote."""
+    if stop_signal:
+        print(f"Stopped by {signal.Signals(stop_signal).name} and saved. To continue: --mode train "
+              f"--resume --model_path {config.model_path}")
+    print(f"memory    at most {peak_memory(runtime.device)} MB were in use")
+    print_files([file for file in logger.files if Path(file).exists()])  # old checkpoints are gone
+
+@dataclasses.dataclass
+class Preview:
+    """What the EMA weights can do at some step: images uint8 (n, C, H, W) on the CPU."""
+    timesteps: list
+    clean: torch.Tensor
+    noisy: torch.Tensor
+    predicted: torch.Tensor
+    generated: torch.Tensor
+    validation_loss: float | None
+
+class StopSampling(Exception):
+    """Raised by the on_step of `sample_images` to end it early."""
+
+class Previewer:
+    """Makes previews of the same images, timesteps and noise each time, so that grids compare."""
+    def __init__(self, config, images, diffusion, runtime):
+        self.config = config
+        self.diffusion = diffusion
+        self.runtime = runtime
+        self.labels = sample_labels(config.classes, images.class_names, config.num_samples)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, Stream.PREVIEW, 1))
+        self.examples = self.fixed_batch(images, evenly_spaced(images.train, 8), generator)
+        self.validation = self.fixed_batch(images, evenly_spaced(images.validation, 256), generator)
+
+    def fixed_batch(self, images, rows, generator):
+        """x0, evenly spaced t, eps and y of some rows, as `Diffusion.loss` takes them."""
+        device = self.runtime.device
+        x0, y = images.take(rows, device)
+        middles = (torch.arange(len(rows)) + 0.5) / max(len(rows), 1)
+        t = (middles * self.config.timesteps).long()
+        eps = torch.randn(x0.shape, generator=generator)
+        return x0, t.to(device), eps.to(device), y
+
+    def make(self, ema, stop):
+        """A Preview; None if a single process is asked to stop meanwhile."""
+        def check_stop(start, t, x):
+            if stop.signal and self.runtime.world_size == 1:
+                raise StopSampling
+
+        x0, t, eps, y = self.examples
+        xt = self.diffusion.q_sample(x0, t, eps)
+        with torch.no_grad(), autocast(self.runtime.device, self.runtime.precision):
+            predicted = self.diffusion.predict_x0(ema(xt, t, y).float(), xt, t)
+            validation_loss = self.validation_loss(ema)
+        try:
+            generated = sample_images(ema, self.diffusion, self.config, self.labels,
+                                      self.runtime.precision, check_stop)
+        except StopSampling:
+            return None
+        size = self.config.image_size
+        clean, noisy, predicted = (crop(to_pixels(x).cpu(), size) for x in (x0, xt, predicted))
+        return Preview(t.tolist(), clean, noisy, predicted, generated, validation_loss)
+
+    def validation_loss(self, ema):
+        """The mean loss of the validation images, None without any."""
+        if not len(self.validation[0]):
+            return None
+        batches = zip(*(tensor.split(64) for tensor in self.validation))
+        losses = [self.diffusion.loss(ema, *batch) for batch in batches]
+        return torch.cat(losses).mean().item()
+
+def read_metrics(path):
+    """The contents of a metrics.jsonl: (first line: configuration and versions, rows since)."""
+    lines = []
+    with contextlib.suppress(ValueError):  # a last line that is being written, or was cut short
+        for line in Path(path).read_text(errors="replace").splitlines():
+            lines.append(json.loads(line))
+    require(lines and isinstance(lines[0], dict) and "config" in lines[0],
+            f"{path} is not the metrics.jsonl of a run.")
+    renamed = dict(pictures_per_s="images_per_s", held_out_loss="validation_loss")  # in older files
+    rows = [{renamed.get(key, key): value for key, value in row.items()} for row in lines[1:]]
+    return lines[0], rows
+
+class MetricsLogger:
+    """metrics.jsonl, the image grids of a run and its tracker. files: all that was written."""
+    def __init__(self, config, tracker):
+        self.config = config
+        self.tracker = tracker
+        self.folder = Path(config.samples_dir)
+        self.path = self.folder / "metrics.jsonl"
+        self.rows = []
+        self.files = []
+
+    def open(self, data, step):
+        """Write the first line and, of a run that is resumed at this step, the rows before it."""
+        if step:
+            with contextlib.suppress(UserError, KeyError, TypeError, AttributeError, OSError):
+                _, rows = read_metrics(self.path)
+                self.rows = [row for row in rows if row["step"] <= step]
+        head = dict(config=dataclasses.asdict(self.config), data=data, torch=torch.__version__,
                     torchvision=torchvision.__version__, python=platform.python_version())
         text = "".join(json.dumps(row) + "\n" for row in [head, *self.rows])
-        x0, _ = images.take(spread(images.train, 64), "cpu")
-        self.wrote(atomic_write(self.metrics, lambda f: f.write(text.encode())),
-                   save_grid(to_pixels(x0), self.folder / "dataset_grid.png", config),
-                   plot_schedules(config, self.folder / "schedules.png"),
-                   plot_forward_process(x0[:1], config, self.folder / "forward_process.png"))
-        total, unit = (clock.steps, "step") if clock.steps else (round(clock.limit), "s")
-        often = 0.1 if sys.stderr.isatty() else 10  # seconds; in a file every turn of the bar stays
-        self.bar = tqdm(total=total, unit=unit, dynamic_ncols=True, smoothing=0.05, mininterval=often)
-        self.tick()
+        self.files.append(atomic_write(self.path, lambda f: f.write(text.encode())))
 
-    def wrote(self, *paths):
-        self.files.update(dict.fromkeys(paths))
+    def log(self, state, **values):
+        """Append a row, and log the numbers in it to the tracker."""
+        row = dict(step=state.step, **values, seconds=round(state.seconds(), 1))
+        self.rows.append(row)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
+        for q, loss in enumerate(values.get("loss_quarters", ()), 1):
+            if loss is not None:
+                numbers[f"loss/quarter_{q}"] = loss
+        self.tracker.log_numbers(state.step, numbers)
 
-    def tick(self):
-        at = self.clock.step if self.clock.steps else int(self.clock.seconds())
-        self.bar.update(min(at, self.bar.total) - self.bar.n)
+    def log_training(self, state, means):
+        """A row about training since the last one. means: of LossMeter.read."""
+        device = next(state.model.parameters()).device
+        self.log(state, epoch=round(state.epochs(), 3), lr=state.lr,
+                 grad_norm=state.grad_norm.item(), memory_mb=peak_memory(device), **means)
 
-    def write(self, **row):
-        self.rows.append(dict(step=self.clock.step, **row, seconds=round(self.clock.seconds(), 1)))
-        with open(self.metrics, "a") as f:
-            f.write(json.dumps(self.rows[-1]) + "\n")
-        quarters = {f"loss/quarter_{q + 1}": v for q, v in enumerate(row.pop("loss_quarters", ()))}
-        self.track(self.clock.step, {k: v for k, v in (row | quarters).items() if v is not None}, {})
+    def log_preview(self, state, preview):
+        """Write the grids of a Preview, its validation loss and the loss graph."""
+        grids = write_previews(preview, state.epochs(), state.images.class_names, self.folder)
+        self.files += grids.values()
+        tracked = {name: grids[name] for name in ("compared", "generated")}
+        self.tracker.log_images(state.step, tracked)
+        if preview.validation_loss is not None:
+            self.log(state, validation_loss=preview.validation_loss)
+        self.files.append(plot_loss(self.rows, self.folder / "loss_graph.png"))
 
-    def line(self, sums, grad_norm, lr):
-        """A line of metrics.jsonl: means since the line before."""
-        (loss, count), (step, then), self.last = sums, self.last, (self.clock.step, time.monotonic())
-        seen, mean = self.clock.step * self.config.batch_size, sum(loss) / sum(count)
-        self.write(epoch=round(seen / self.total, 3), loss=mean, lr=lr, grad_norm=grad_norm,
-                   loss_quarters=[a / b if b else None for a, b in zip(loss, count)],
-                   memory_mb=peak_memory(self.device),
-                   pictures_per_s=round((seen - step * self.config.batch_size) / (self.last[1] - then), 1))
-        self.bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-
-    def pictures(self, t, fixed, generated, held_out):
-        c, passes = self.config, self.clock.step * self.config.batch_size / self.total
-        end = "_epoch" + f"{passes:.2f}".rstrip("0").rstrip(".") + ".png"  # _epoch288.png, or _epoch0.64.png
-        columns = grid_columns(len(generated), self.classes)
-        rows = dict(zip(("clean", "noisy", "pred"), (to_pixels(x).cpu() for x in fixed)))
-        for name, pixels in rows.items():
-            self.wrote(save_grid(pixels, self.folder / f"{name}{end}", c, len(pixels)))
-        both = dict(compared=plot_rows(rows, [f"t = {n}" for n in t], self.folder / f"compared{end}", c),
-                    generated=save_grid(generated, self.folder / f"generated{end}", c, columns))
-        self.wrote(*both.values())
-        self.track(self.clock.step, {}, both)
-        if held_out is not None:
-            self.write(held_out_loss=held_out)
-        self.wrote(plot_loss(self.rows, self.folder / "loss_graph.png"))
-        self.last = self.clock.step, time.monotonic()  # pictures do not count as slow steps
-
-    def close(self, stopped):
-        self.bar.close()
-        if stopped:
-            print(f"Stopped by {signal.Signals(stopped).name} and saved. To go on: --mode train --resume "
-                  f"--model_path {self.config.model_path}")
-        print(f"memory    at most {peak_memory(self.device)} MB were in use")
-        print_files([file for file in self.files if Path(file).exists()])  # old checkpoints are gone
-
-def make_tracker(config):
-    """track(step, numbers by name, paths of pictures by name): what --logger tells the tracker."""
-    try:
-        if config.logger == "tensorboard":
+class Tracker:
+    """Logs to what --logger names: TensorBoard, Weights & Biases or, with none, nothing."""
+    def __init__(self, config):
+        self.kind = config.logger
+        if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(Path(config.samples_dir, "tensorboard"))
-            def track(step, numbers, pictures):
-                for name, value in numbers.items():
-                    writer.add_scalar(name, value, step)
-                for name, path in pictures.items():
-                    writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, None, "HWC")
-                writer.flush()
-            return track
-        if config.logger == "wandb":
+            self.writer = SummaryWriter(Path(config.samples_dir, "tensorboard"))
+        elif self.kind == "wandb":
             import wandb
             Path(config.samples_dir).mkdir(parents=True, exist_ok=True)
-            run = wandb.init(project="ddpm", dir=config.samples_dir, config=dataclasses.asdict(config))
-            return lambda step, numbers, pictures: run.log(
-                numbers | {name: wandb.Image(path) for name, path in pictures.items()}, step=step)
+            settings = dataclasses.asdict(config)
+            self.run = wandb.init(project="ddpm", dir=config.samples_dir, config=settings)
+            self.to_image = wandb.Image
+
+    def log_numbers(self, step, numbers):
+        if self.kind == "tensorboard":
+            for name, value in numbers.items():
+                self.writer.add_scalar(name, value, step)
+            self.writer.flush()
+        elif self.kind == "wandb":
+            self.run.log(numbers, step=step)
+
+    def log_images(self, step, paths):
+        if self.kind == "tensorboard":
+            for name, path in paths.items():
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                self.writer.add_image(name, pixels, step, dataformats="HWC")
+            self.writer.flush()
+        elif self.kind == "wandb":
+            self.run.log({name: self.to_image(path) for name, path in paths.items()}, step=step)
+
+def make_tracker(config):
+    """The Tracker of --logger. UserError if its package is missing."""
+    try:
+        return Tracker(config)
     except ImportError:
-        raise UserError(f"--logger {config.logger} needs its package: pip install {config.logger}") from None
-    return lambda *_: None
+        name = config.logger
+        raise UserError(f"--logger {name} needs its package: pip install {name}") from None
 
-def describe(device):
-    """What a device is called, with its memory or threads."""
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        return f"{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)"
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.findall(r"model name\s*: (.+)", info) or [platform.processor() or platform.machine()]
-    return f"{device.type} ({name[0]}, {torch.get_num_threads()} threads)"
+# ----------------------------------------------------------------------------------------- sampling
 
-def peak_memory(device):
-    """The most memory in use so far, in MB: the GPU's if there is one, else the process's, 0 if unknown."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    with contextlib.suppress(ImportError):  # Windows has none
-        from resource import RUSAGE_SELF, getrusage
-        return round(getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6)
-    return 0
-
-def measure(model, device, precision):
-    """What one more picture costs a step: (multiply-adds going forward, bytes kept for going back)."""
-    from torch.utils.flop_counter import FlopCounterMode
-    costs = []
-    for n in (2, 3):
-        x, kept = torch.zeros(n, model.channels, model.image_size, model.image_size, device=device), {}
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor.detach()  # itself, it could never be freed: a node may keep its own output
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with FlopCounterMode(display=False) as counter, hooks, autocast(device, precision):
-            alive = copy.deepcopy(model)(x, x.new_zeros(n, dtype=torch.int64))  # noqa: F841
-        costs.append((counter.get_total_flops() // 2, sum(kept.values())))
-    return [b - a for a, b in zip(*costs)]
-
-def free_memory(device):
-    """Bytes that a run may still take: of the GPU if there is one, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if Path("/proc/meminfo").exists():
-        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
-    return math.inf
-
-def dry_run(net, diffusion, images, config, device, precision, slices, optimizer):
-    """A step on one slice of a batch: what goes in and, in the same shape, comes out; the memory it takes."""
-    x0, y = images.batch(0, config.batch_size, 0, slices, device)
-    t = torch.randint(config.timesteps, (len(x0),), device=device)
-    with autocast(device, precision):
-        loss = diffusion.loss(net, x0, t, torch.randn_like(x0), y).mean()
-    loss.backward()
-    optimizer.step()
-    print(f"dry run   in and out {tuple(x0.shape)}, from {x0.min().item():.2f} to {x0.max().item():.2f}; "
-          f"loss {loss.item():.3f}; peak memory {peak_memory(device)} MB. No model was written")
-
-# --------------------------------------------------------------------------------------------------- sampling
-
-def sample_labels(config, classes, n):
-    """The class of each of n pictures: those of --classes, else all, in turn; -1 each if there are none."""
-    names = [name.strip() for name in config.classes.split(",")] if config.classes else classes
-    known = f"its classes are {', '.join(classes)}" if classes else "it was trained without classes"
+def sample_labels(classes, class_names, n):
+    """The labels of n images: in turn the classes named, as in "lion,tiger", or all; -1: none."""
+    names = [name.strip() for name in classes.split(",")] if classes else class_names
+    known = ", ".join(class_names)
+    known = f"its classes are {known}" if known else "it was trained without classes"
     for name in names:
-        require(name in classes, f"--classes {config.classes}: the model has no class {name!r}; {known}.")
-    return [classes.index(names[i % len(names)]) if names else -1 for i in range(n)]
+        require(name in class_names,
+                f"--classes {classes}: the model has no class {name!r}; {known}.")
+    if not names:
+        return [-1] * n
+    return [class_names.index(names[i % len(names)]) for i in range(n)]
 
 def reverse_timesteps(config):
-    """The timesteps that drawing goes down through: from pure noise, or --strength of the way there."""
-    T, n = (max(1, round((config.strength or 1) * k)) for k in (config.timesteps, config.sampling_steps))
+    """The timesteps to sample at: from pure noise, or from the noise level of --strength."""
+    strength = config.strength or 1
+    T = max(1, round(strength * config.timesteps))
+    n = max(1, round(strength * config.sampling_steps))
     return spaced_timesteps(T, n)
 
-def generate(model, diffusion, config, indices, labels, precision="fp32", picture=None, mask=None):
-    """Draw the pictures number `indices` with these labels (-1: none); yields (t, x, x0) after each step, x
-    and x0 (n, C, H, W) float32. They depend on the Config's seed and sampling settings alone, and on what is
-    edited: picture (1, C, H, W) in [-1, 1], and mask (1, 1, H, W), 1 where it is drawn anew, 0 where kept."""
-    c, ts = config, reverse_timesteps(config)
-    require(c.guidance == 1 or model.classes,
-            f"--guidance {c.guidance:g}: the model was trained without classes; leave it out.")
-    device, shape = next(model.parameters()).device, (model.channels, model.image_size, model.image_size)
-    noise = PictureNoise(c.seed, indices, shape, device)
-    if c.interpolate is not None:
-        noise = between(*(PictureNoise(s, [0], shape, device) for s in (c.seed, c.interpolate)),
-                        torch.tensor(indices, device=device) / max(c.num_samples - 1, 1))
-    labels = torch.tensor(labels, device=device)
-    denoise, x = make_denoiser(model, diffusion, labels, c.guidance, precision=precision), noise()
-    if picture is not None:  # noised part of the way only (SDEdit, Meng et al. 2022, arXiv:2108.01073)
-        x = diffusion.q_sample(picture.to(device), torch.tensor(ts[:1], device=device), x)
+def generate(model, diffusion, config, indices, labels, precision="fp32", image=None, mask=None):
+    """Sample the images number `indices` with these labels (-1: none). Yields (t, x, x0) after each
+    step, x and x0 (n, C, H, W) float32. An image does not depend on the others. To edit: image
+    (1, C, H, W) in [-1, 1] to start from, kept where mask (1, 1, H, W) is 0."""
+    require(config.guidance == 1 or model.class_names,
+            f"--guidance {config.guidance:g}: the model was trained without classes; leave it out.")
+    device = next(model.parameters()).device
+    shape = (model.image_channels, model.image_size, model.image_size)
+    if config.interpolate is None:
+        noise = ImageNoise(config.seed, indices, shape, device)
+    else:
+        fraction = torch.tensor(indices, device=device) / max(config.num_samples - 1, 1)
+        first = ImageNoise(config.seed, [0], shape, device)
+        last = ImageNoise(config.interpolate, [0], shape, device)
+        noise = lambda: slerp(first(), last(), fraction)  # noqa: E731
+    y = torch.tensor(labels, device=device)
+    denoise = make_denoiser(model, diffusion, y, config.guidance, precision=precision)
+    ts = reverse_timesteps(config)
+    x = noise()
+    if image is not None:  # SDEdit: start part of the way (Meng et al. 2022, arXiv:2108.01073)
+        x = diffusion.q_sample(image.to(device), torch.tensor(ts[:1], device=device), x)
     if mask is not None:
-        denoise = keep_known(denoise, picture.to(device), mask.to(device))
-    yield from SAMPLERS[c.sampler](diffusion, denoise, x, ts, noise, c.eta)
+        denoise = inpaint(denoise, image.to(device), mask.to(device))
+    yield from SAMPLERS[config.sampler](diffusion, denoise, x, ts, noise, config.eta)
 
-def keep_known(denoise, picture, mask):
-    """A denoiser that knows the picture where the mask is 0: steps and result agree with it there."""
-    return lambda x, t: mask * denoise(x, t) + (1 - mask) * picture
+def inpaint(denoise, image, mask):
+    """A denoiser that knows the image where the mask is 0: all steps agree with it there."""
+    return lambda x, t: mask * denoise(x, t) + (1 - mask) * image
 
-def between(first, second, share):
-    """Noise on the great circle from one source of it to another (Song et al. 2021, eq. 67), share[i] of the
-    way for picture i: it has unit variance everywhere, and at 0 and 1 it is that of either source."""
-    share = share.view(-1, 1, 1, 1)
-    def noise():
-        a, b = first(), second()
-        angle = F.cosine_similarity(a.flatten(), b.flatten(), 0).acos()
-        return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
-    return noise
+def slerp(a, b, fraction):
+    """Points (n, C, H, W) on the great circle from noise a to noise b, (1, C, H, W) each, at each
+    fraction (n,) of the way; all have unit variance (Song et al. 2021, eq. 67)."""
+    fraction = fraction.view(-1, 1, 1, 1)
+    angle = F.cosine_similarity(a.flatten(), b.flatten(), 0).acos()
+    return (((1 - fraction) * angle).sin() * a + (fraction * angle).sin() * b) / angle.sin()
 
-def draw(model, diffusion, config, labels, precision, watch=lambda *_: None, **edit):
-    """A picture for each label, some at a time, shared out among torchrun's processes: uint8 (N, C, H, W) on
-    the CPU of each. watch(start, t, x) sees each step of the pictures from number start on; None if it says
-    stop by a true value, which it must not with several processes. edit: picture and mask of `generate`."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine = range(*(math.ceil(len(labels) * r / world) for r in (rank, rank + 1)))
-    parts = [torch.empty(0, model.channels, model.image_size, model.image_size, dtype=torch.uint8)]
-    for start in range(0, len(mine), config.sample_batch_size):
-        some = mine[start : start + config.sample_batch_size]
-        own = [labels[i] for i in some]
-        for t, x, _ in generate(model, diffusion, config, some, own, precision, **edit):
-            if watch(some[0], t, x):
-                return None
-        parts.append(to_pixels(x).cpu())
-    shares = [torch.cat(parts)] * world
-    if world > 1:
-        dist.all_gather_object(shares, shares[rank])
-    return torch.cat(shares)
-
-def find_model(config):
-    """The model to sample from: --model_path, or the one that comes with the program while there is none."""
-    shipped = HERE / "saved_models" / "animals.pt"
-    if config.model_path != Config.model_path or Path(config.model_path).exists() or not shipped.exists():
-        return config.model_path
-    print(f"There is no {config.model_path} yet: drawing with the model that comes with ddpm.py.")
-    return str(shipped)
+def sample_images(model, diffusion, config, labels, precision, on_step=None, image=None, mask=None):
+    """An image per label, sampled in batches that all processes share: uint8 (N, C, size, size) on
+    the CPU of each. on_step(start, t, x) is called after each step of the batch that starts with
+    image number `start`; what it raises ends the sampling. image, mask: of `generate`."""
+    size = config.image_size
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    first = math.ceil(len(labels) * rank / world_size)
+    end = math.ceil(len(labels) * (rank + 1) / world_size)
+    batches = [torch.empty(0, model.image_channels, size, size, dtype=torch.uint8)]
+    for start in range(first, end, config.sample_batch_size):
+        indices = range(start, min(start + config.sample_batch_size, end))
+        batch_labels = [labels[i] for i in indices]
+        steps = generate(model, diffusion, config, indices, batch_labels, precision, image, mask)
+        for t, x, _ in steps:
+            if on_step:
+                on_step(start, t, x)
+        batches.append(crop(to_pixels(x), size).cpu())
+    pixels = torch.cat(batches)
+    if world_size == 1:
+        return pixels
+    gathered = [None] * world_size
+    dist.all_gather_object(gathered, pixels)
+    return torch.cat(gathered)
 
 def sample(config):
-    """Draw pictures with the model at config.model_path and write them. Returns them: uint8 (N, C, H, W)."""
-    path, given = find_model(config), {name: getattr(config, name) for name in FOR_SAMPLING}
-    device = choose_device(config.device)
-    model, diffusion, stored = load_model(path, device, config.ema)
-    c = override(stored, **given)
-    if not model.classes and c.guidance == Config.guidance:  # not asked for, nothing to guide by
-        c = override(c, guidance=1.0)
-    check(c)
-    keep_memory()
-    rank, world = join_processes(device)
-    precision = choose_precision(c.precision, device)
-    labels = sample_labels(c, model.classes, c.num_samples)
-    labels = labels if c.interpolate is None else labels[:1] * len(labels)
-    edit = dict(picture=load_picture(c.init_image, c.image_size, model.channels)) if c.init_image else {}
-    if edit and not c.strength:
-        c = override(c, strength=1.0 if c.mask else 0.5)
-    if c.mask:
-        edit["mask"] = (load_picture(c.mask, c.image_size, 1) > 0).float()
-    for place in filter(None, (c.samples_dir, c.individual)):  # if that cannot be, say so before drawing
-        Path(place).mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-    steps = len(reverse_timesteps(c)) - 1
-    print(f"model     {path} ({digest}), {'averaged (EMA)' if c.ema else 'plain'} weights of "
-          f"{shown(c.data_path)}\ndrawing   {c.num_samples} pictures, {c.sampler}, {steps} steps, seed "
-          f"{c.seed}, guidance {c.guidance:g}, on {describe(device)} in {precision}")
-    way = []  # (t, x) of the first few pictures
-    def watch(start, t, x):
-        bar.update()
-        if start == 0:
-            way.append((t, to_pixels(x[:8])))  # on the GPU still, so as not to wait for it at every step
+    """Sample from the model at config.model_path. Returns the images, uint8 (N, C, H, W)."""
+    path = find_model(config.model_path)
+    checkpoint = read_checkpoint(path)
+    given = {name: getattr(config, name) for name in changeable("sample")}
+    merged = sampling_config(checkpoint, path, given)
+    if not checkpoint["classes"] and config.guidance == Config.guidance:  # default, not asked for
+        merged = override(merged, guidance=1.0)
+    return sample_run(override(merged, model_path=path), checkpoint)
 
-    batches = math.ceil(c.num_samples / world / c.sample_batch_size)
-    with tqdm(total=batches * steps, unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
-        pixels = draw(model, diffusion, c, labels, precision, watch, **edit)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank > 0:
-        return crop(pixels, c)
-    way = [(t, x.cpu()) for t, x in way]
-    folder, names = Path(c.samples_dir), c.classes.split(",") if c.classes else model.classes
-    text = dict(seed=c.seed, sampler=c.sampler, steps=steps, eta=c.eta, guidance=c.guidance,
-                classes=c.classes or "all", model=digest, version=torch.__version__)
-    text |= {name: Path(str(getattr(c, name))).name for name in EDITING if getattr(c, name) is not None}
-    drawn = [model.classes[i] if i >= 0 else "" for i in labels]
-    files = [plot_chain(way, drawn, folder / "denoising_steps.png", c, text)]
-    if c.interpolate is None:
-        some = pixels[:2500]  # who would look at more
-        columns = grid_columns(len(some), names)
-        files.append(save_grid(some, folder / "generated_sample.png", c, columns, text))
-    else:  # a strip, and there and back again
-        files += [save_grid(pixels, folder / "interpolation.png", c, len(pixels), text),
-                  save_gif([*pixels[:, None], *pixels[1:-1, None].flip(0)], folder / "interpolation.gif", c)]
-    if c.gif:
-        files.append(save_gif([x for _, x in way], folder / "denoising.gif", c))
-    pixels = crop(pixels, c)
-    if c.individual:
-        each = enumerate(to_images(pixels))
-        files += [save_png(image, Path(c.individual, f"{i:05d}.png"), text) for i, image in each]
-    print_files(files)
+def sample_run(config, checkpoint):
+    """Sample from a checkpoint's model and write the images. Returns uint8 (N, C, H, W)."""
+    check(config)
+    runtime = start_runtime(config)
+    keep_memory()
+    model = model_from_checkpoint(checkpoint, config.model_path, config.ema).to(runtime.device)
+    diffusion = make_diffusion(config, runtime.device)
+    config, image, mask = load_edit(config, model)
+    labels = sample_labels(config.classes, model.class_names, config.num_samples)
+    if config.interpolate is not None:
+        labels = labels[:1] * len(labels)
+    for folder in (config.samples_dir, config.individual or config.samples_dir):
+        Path(folder).mkdir(parents=True, exist_ok=True)  # fails now if that cannot be
+    digest = model_digest(config.model_path)
+    ts = reverse_timesteps(config)[:-1]
+    print(f"model     {config.model_path} ({digest}), {'EMA' if config.ema else 'plain'} weights, "
+          f"trained on {printable(config.data_path)}\n"
+          f"sampling  {config.num_samples} images, {config.sampler}, {len(ts)} steps, seed "
+          f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
+          f"{runtime.precision}")
+    shown = set(evenly_spaced(np.array(ts), 60 if config.gif else 9).tolist())
+    frames = []  # (t, uint8 (n, C, H, W)) of the first images, on the device, lest each step wait
+    total = len(ts) * math.ceil(config.num_samples / runtime.world_size / config.sample_batch_size)
+    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=not runtime.is_main) as bar:
+        def on_step(start, t, x):
+            bar.update()
+            if start == 0 and t in shown:
+                frames.append((t, crop(to_pixels(x[:8]), config.image_size)))
+
+        pixels = sample_images(
+            model, diffusion, config, labels, runtime.precision, on_step, image, mask)
+    leave_processes()
+    if runtime.is_main:
+        text = png_text(config, len(ts), digest)
+        print_files(write_samples(config, pixels, frames, model.class_names, labels, text))
     return pixels
 
-# --------------------------------------------------------------------------------------------------- pictures
+def load_edit(config, model):
+    """For --init_image and --mask: (config with a strength, image or None, mask or None)."""
+    if not config.init_image:
+        return config, None, None
+    image = load_image(config.init_image, config.image_size, model.image_channels)
+    if not config.strength:
+        config = override(config, strength=1.0 if config.mask else 0.5)
+    if not config.mask:
+        return config, image, None
+    mask = load_image(config.mask, config.image_size, 1) > 0
+    return config, image, mask.float()
 
-def crop(pixels, config):
-    """Pictures (..., H, W) without the border that those of 28 pixels are padded with."""
-    return torchvision.transforms.functional.center_crop(pixels, config.image_size)
+def png_text(config, num_steps, digest):
+    """What a sampled PNG says about itself, {key: value}."""
+    text = dict(seed=config.seed, sampler=config.sampler, steps=num_steps, eta=config.eta,
+                guidance=config.guidance, classes=config.classes or "all", model=digest,
+                version=torch.__version__)
+    for name in ("init_image", "strength", "mask", "interpolate"):
+        if getattr(config, name) is not None:
+            text[name] = Path(str(getattr(config, name))).name
+    return text
 
-def spread(items, n):
-    """n of the items, or all if there are fewer, at even distances from the first to the last."""
+def write_samples(config, pixels, frames, class_names, labels, text):
+    """Write sampled images (N, C, H, W) uint8 and their trajectory. Returns the paths."""
+    folder = Path(config.samples_dir)
+    names = [class_names[label] if label >= 0 else "" for label in labels]
+    files = []
+    if config.interpolate is None:
+        shown = pixels[:2500]  # nobody looks at more
+        asked_for = config.classes.split(",") if config.classes else class_names
+        columns = grid_columns(len(shown), asked_for)
+        files.append(save_grid(shown, folder / "generated_sample.png", columns, text))
+    else:
+        files.append(save_grid(pixels, folder / "interpolation.png", len(pixels), text))
+        files.append(save_gif(there_and_back(pixels), folder / "interpolation.gif"))
+    if config.individual:
+        for i, image in enumerate(to_images(pixels)):
+            files.append(save_png(image, Path(config.individual, f"{i:05d}.png"), text))
+    if config.gif:
+        files.append(save_gif([images for _, images in frames], folder / "denoising.gif"))
+    files.append(plot_trajectory(frames, names, folder / "denoising_steps.png", text))
+    return files
+
+# ---------------------------------------------------------------------------------- grids and plots
+
+def evenly_spaced(items, n):
+    """Up to n elements of an array, evenly spaced from the first to the last."""
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
-def grid_columns(n, classes):
-    """Columns for n pictures: a multiple of the classes, so that each is of one; else near square."""
-    root = math.ceil(math.sqrt(n))
-    full = next((columns for columns in range(root, 2 * root) if n % columns == 0), root)
-    return max(1, root // len(classes)) * len(classes) if 2 <= len(classes) <= min(n, 12) else full
+def grid_columns(n, class_names):
+    """Columns for n images: one or more a class if that fits, else about square, without a gap."""
+    side = math.ceil(math.sqrt(n))
+    if 2 <= len(class_names) <= min(n, 12):
+        return max(1, side // len(class_names)) * len(class_names)
+    for columns in range(side, 2 * side):
+        if n % columns == 0:
+            return columns
+    return max(1, side)
 
 def to_images(pixels):
-    """(N, C, H, W) uint8 -> PIL pictures, grey or in colour."""
-    return [Image.fromarray(p[0] if len(p) == 1 else p.transpose(1, 2, 0)) for p in pixels.numpy()]
+    """(N, C, H, W) uint8 -> PIL images, grey or in colour."""
+    arrays = pixels.cpu().numpy()
+    return [Image.fromarray(a[0] if len(a) == 1 else a.transpose(1, 2, 0)) for a in arrays]
+
+def prefixed(text):
+    """Text entries of a PNG, {key: value}, as they are called in the file."""
+    return {f"ddpm:{key}": str(value) for key, value in (text or {}).items()}
 
 def save_png(image, path, text=None):
-    """Write a PIL picture, with text entries in the file. Returns the absolute path."""
+    """Write a PIL image, with text entries in the file. Returns the absolute path."""
     info = PngImagePlugin.PngInfo()
-    for key, value in (text or {}).items():
-        info.add_text(f"ddpm:{key}", str(value))
+    for key, value in prefixed(text).items():
+        info.add_text(key, value)
     return atomic_write(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
-def save_grid(pixels, path, config, columns=None, text=None):
-    """Write pictures (N, C, H, W) uint8 as one PNG, small ones magnified. Returns the absolute path."""
-    pixels = crop(pixels, config)
+def save_grid(pixels, path, columns, text=None):
+    """Write images (N, C, H, W) uint8 as one PNG, small ones magnified. Returns the path."""
     zoom = max(1, 64 // pixels.shape[-1])
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    grid = torchvision.utils.make_grid(pixels, columns or math.ceil(math.sqrt(len(pixels))), pad_value=255)
+    grid = torchvision.utils.make_grid(pixels, columns, pad_value=255)
     return save_png(to_images(grid[None])[0], path, text)
 
-def save_gif(frames, path, config):
-    """Write the pictures (n, C, H, W) of each step as an animation resting on the last. Returns the path."""
-    frames = [crop(frames[i], config) for i in spread(np.arange(len(frames)), 60)]
-    rows = [torchvision.utils.make_grid(frame, len(frame), pad_value=255) for frame in frames]
-    first, *rest = to_images(torch.stack(rows))
-    more = dict(save_all=True, append_images=rest, duration=[80] * len(rest) + [2000], loop=0)  # milliseconds
-    return atomic_write(path, lambda f: first.save(f, "GIF", **more))
+def save_gif(frames, path):
+    """Write up to 60 of the frames, (n, C, H, W) uint8 each, as an animation. Returns the path."""
+    chosen = [frames[i] for i in evenly_spaced(np.arange(len(frames)), 60)]
+    rows = [torchvision.utils.make_grid(frame, len(frame), pad_value=255) for frame in chosen]
+    first, *others = to_images(torch.stack(rows))
+    milliseconds = [80] * len(others) + [2000]  # it rests on the last frame
+    return atomic_write(path, lambda f: first.save(
+        f, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0))
+
+def there_and_back(pixels):
+    """The frames of an animation through images (N, C, H, W) that ends where it began."""
+    return [*pixels[:, None], *pixels[1:-1, None].flip(0)]
 
 COLOURS = ("#1b6ca8", "#e07b39", "#3c8d5a", "#9b4f96", "#8a7a1f")
 
 def new_figure(width, height):
-    """An empty figure of so many inches. Without pyplot, so that no window system is looked for."""
-    from matplotlib.figure import Figure  # it takes a second to import, and --help needs no plots
+    """An empty figure of so many inches, without pyplot, which would look for a window system."""
+    from matplotlib.figure import Figure  # takes a second to import, and --help needs no plots
     return Figure(figsize=(width, height), layout="constrained")
 
 def save_figure(figure, path, text=None):
-    text = {f"ddpm:{key}": str(value) for key, value in (text or {}).items()}
-    return atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=110, metadata=text))
+    return atomic_write(
+        path, lambda f: figure.savefig(f, format="png", dpi=110, metadata=prefixed(text)))
 
 def plot_pair(titles, xlabel):
-    """A figure with two plots side by side, in the look of all our plots."""
+    """Two plots side by side in the style of all our plots: (figure, axes)."""
     figure = new_figure(9.2, 3.4)
     axes = figure.subplots(1, 2)
-    for a, title in zip(axes, titles):
-        a.set_title(title, fontsize=11)
-        a.set_xlabel(xlabel)
-        a.spines[["top", "right"]].set_visible(False)
-        a.grid(alpha=0.25)
+    for ax, title in zip(axes, titles):
+        ax.set_title(title, fontsize=11)
+        ax.set_xlabel(xlabel)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
     return figure, axes
 
-def plot_rows(rows, titles, path, config, text=None):
-    """Rows of pictures by name, each (columns, C, H, W) uint8, with a title a column. Returns the path."""
+def plot_rows(rows, titles, path, text=None):
+    """Rows of images, {name: (columns, C, H, W) uint8}, with a title per column."""
     figure = new_figure(0.95 * len(titles), 0.95 * len(rows) + 0.3)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for line, (name, row) in zip(axes, rows.items()):
-        for a, picture in zip(line, to_images(crop(row, config))):
-            a.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            a.set(xticks=[], yticks=[])
-            a.spines[:].set_visible(False)
-        line[0].set_ylabel(name, fontsize=10)
-    for a, title in zip(axes[0], titles):
-        a.set_title(title, fontsize=10, pad=3)
+    for row_axes, (name, row) in zip(axes, rows.items()):
+        for ax, image in zip(row_axes, to_images(row)):
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        row_axes[0].set_ylabel(name, fontsize=10)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=10, pad=3)
     return save_figure(figure, path, text)
 
 def plot_schedules(config, path):
-    """abar_t and the log signal-to-noise ratio of every schedule, the chosen one drawn thick."""
-    titles = [r"signal that is left, $\bar\alpha_t$", "log signal-to-noise ratio"]
+    """abar_t and the log signal-to-noise ratio of every schedule, the chosen one thick."""
+    titles = [r"remaining signal, $\bar\alpha_t$", "log signal-to-noise ratio"]
     figure, (left, right) = plot_pair(titles, "timestep t")
     for kind, colour in zip(FIELDS["schedule"].metadata["choices"], COLOURS):
-        chosen = kind == config.schedule
-        given = (config.beta_start, config.beta_end) if chosen else ()
-        abar = Diffusion(make_betas(kind, config.timesteps, *given)).abar[:-1]
-        style = dict(color=colour, lw=3 if chosen else 1.2, label=f"{kind}, chosen" if chosen else kind)
+        betas = make_betas(kind, config.timesteps)
+        style = dict(color=colour, lw=1.2, label=kind)
+        if kind == config.schedule:
+            betas = make_betas(kind, config.timesteps, config.beta_start, config.beta_end)
+            style = dict(color=colour, lw=3, label=f"{kind}, chosen")
+        abar = torch.cumprod(1 - betas, 0)
         left.plot(abar, **style)
         right.plot((abar / (1 - abar)).log(), **style)
     right.set_ylim(-14, 11)
@@ -1706,148 +2228,210 @@ def plot_schedules(config, path):
     return save_figure(figure, path)
 
 def plot_forward_process(x0, config, path):
-    """One picture (1, C, H, W), clean and noised at t = 100, 300, 500, ..., T-1; evenly spaced if T < 500."""
+    """One image (1, C, H, W), clean and noised at t = 100, 300, ..., T-1; at six if T < 500."""
     T = config.timesteps
-    ts = [*(range(100, T - 1, 200) if T >= 500 else [round(T * k / 6) for k in range(1, 6)]), T - 1]
+    ts = [*range(100, T - 1, 200), T - 1]
+    if T < 500:
+        ts = [round(T * k / 6) for k in range(1, 6)] + [T - 1]
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed))
-    row = torch.cat([x0, make_diffusion(config).q_sample(x0, torch.tensor(ts), eps)])
-    return plot_rows({"": to_pixels(row)}, ["clean"] + [f"t = {t}" for t in ts], path, config)
+    noised = make_diffusion(config).q_sample(x0, torch.tensor(ts), eps)
+    row = crop(to_pixels(torch.cat([x0, noised])), config.image_size)
+    return plot_rows({"": row}, ["clean"] + [f"t = {t}" for t in ts], path)
 
-def plot_chain(way, names, path, config, text=None):
-    """The reverse process. way: list of (t, (n, C, H, W) uint8 after the step from t); names: classes."""
-    some = spread(np.arange(len(way)), 9)
-    titles = [f"t = {way[i + 1][0]}" if i + 1 < len(way) else "result" for i in some]  # the level they are at
-    rows = torch.stack([way[i][1][:5] for i in some], dim=1)  # (n, columns, C, H, W)
-    named = {f"{name} {i + 1}": row for i, (name, row) in enumerate(zip(names, rows))}
-    return plot_rows(named, titles, path, config, text)
+def plot_trajectory(frames, names, path, text=None):
+    """The reverse process of five images. frames: (t, uint8 (n, C, H, W) after the step from t)."""
+    chosen = [frames[i] for i in evenly_spaced(np.arange(len(frames)), 9)]
+    titles = [f"after t = {t}" for t, _ in chosen[:-1]] + ["result"]
+    columns = torch.stack([images[:5] for _, images in chosen], dim=1)  # (n, columns, C, H, W)
+    rows = {f"{name} {i}": row for i, (name, row) in enumerate(zip(names, columns), 1)}
+    return plot_rows(rows, titles, path, text)
 
 def smooth(values):
-    """The mean of each value and its neighbours: up to one in forty of all either side, fewer at the ends."""
-    reach = [min(i, len(values) // 40) for i in range(len(values))]
-    return [np.mean(values[i - n : i + n + 1]) for i, n in enumerate(reach)]
+    """The mean of each value and up to len / 40 neighbours on either side, fewer at the ends."""
+    widths = [min(i, len(values) // 40) for i in range(len(values))]
+    return [np.mean(values[i - width : i + width + 1]) for i, width in enumerate(widths)]
+
+QUARTERS = ("t < T/4: detail", "T/4 to T/2", "T/2 to 3T/4", "t > 3T/4: composition")
 
 def plot_loss(rows, path):
-    """The loss, held-out too, and by quarter of the timesteps. rows: lines of metrics.jsonl."""
-    from matplotlib.ticker import LogLocator  # not at the top, for the reason in `new_figure`
+    """The loss, of validation too, and by quarter of the timesteps. rows: of metrics.jsonl."""
     figure, (left, right) = plot_pair(["loss", "loss by quarter of the timesteps"], "step")
-    lines, held = [r for r in rows if "loss" in r], [r for r in rows if "held_out_loss" in r]
-    steps, loss = [r["step"] for r in lines], [r["loss"] for r in lines]
-    left.plot(steps, loss, color=COLOURS[0], alpha=0.25, lw=1)
-    left.plot(steps, smooth(loss), color=COLOURS[0], lw=2, label="training, smoothed")
-    if held:
-        left.plot([r["step"] for r in held], [r["held_out_loss"] for r in held], "o-", color=COLOURS[1], ms=4,
-                  label="held out (EMA weights)")
-    for q, name in enumerate(("t < T/4: detail", "T/4 to T/2", "T/2 to 3T/4", "t > 3T/4: composition")):
-        known = [(r["step"], r["loss_quarters"][q]) for r in lines if r["loss_quarters"][q] is not None]
-        x, y = [s for s, _ in known], smooth([v for _, v in known])
-        right.plot(x, y, color=COLOURS[q], lw=1.8, label=name)
-    for a in (left, right):
-        a.set_yscale("log")
-        low, high = a.get_ylim()
-        a.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
-        ticks = LogLocator(subs=(1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7))  # or they would touch
-        a.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
-        a.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
+    training = [row for row in rows if "loss" in row]
+    steps = [row["step"] for row in training]
+    losses = [row["loss"] for row in training]
+    left.plot(steps, losses, color=COLOURS[0], alpha=0.25, lw=1)
+    left.plot(steps, smooth(losses), color=COLOURS[0], lw=2, label="training, smoothed")
+    validation = [(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r]
+    if validation:
+        left.plot(*zip(*validation), "o-", color=COLOURS[1], ms=4, label="validation (EMA weights)")
+    for q, name in enumerate(QUARTERS):
+        measured = [row for row in training if row["loss_quarters"][q] is not None]
+        steps = [row["step"] for row in measured]
+        losses = [row["loss_quarters"][q] for row in measured]
+        right.plot(steps, smooth(losses), color=COLOURS[q], lw=1.8, label=name)
+    for ax in (left, right):
+        log_axis(ax)
+        ax.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
     return save_figure(figure, path)
 
-def print_files(files):
-    """Say where everything is; of very many files, the first and the folders."""
-    print("Wrote:", *list(files)[:40], sep="\n  ")
-    if len(files) > 40:
-        print(f"  and {len(files) - 40} more in {', '.join(sorted({str(Path(f).parent) for f in files}))}")
+def log_axis(ax):
+    """A logarithmic y axis with room for a legend above, and ticks that do not touch."""
+    from matplotlib.ticker import LogLocator  # not at the top, for the reason in `new_figure`
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** 0.25)
+    subs = (1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7)
+    ax.yaxis.set(major_locator=LogLocator(subs=subs), major_formatter="{x:g}", minor_formatter="")
 
-# ----------------------------------------------------------------------------------------------- command line
+def write_start_plots(config, images):
+    """Write what training starts from: images, the schedules, one image noised. Returns paths."""
+    folder = Path(config.samples_dir)
+    x0, _ = images.take(evenly_spaced(images.train, 64), "cpu")
+    pixels = crop(to_pixels(x0), config.image_size)
+    columns = math.ceil(math.sqrt(len(pixels)))
+    return [save_grid(pixels, folder / "dataset_grid.png", columns),
+            plot_schedules(config, folder / "schedules.png"),
+            plot_forward_process(x0[:1], config, folder / "forward_process.png")]
+
+def write_previews(preview, epochs, class_names, folder):
+    """Write the grids of a Preview. Returns {name: path}."""
+    ending = "_epoch" + f"{epochs:.2f}".rstrip("0").rstrip(".") + ".png"  # as in _epoch0.64.png
+    rows = dict(clean=preview.clean, noisy=preview.noisy, pred=preview.predicted)
+    titles = [f"t = {t}" for t in preview.timesteps]
+    columns = grid_columns(len(preview.generated), class_names)
+    grids = {name: save_grid(pixels, folder / f"{name}{ending}", len(pixels))
+             for name, pixels in rows.items()}
+    grids["compared"] = plot_rows(rows, titles, folder / f"compared{ending}")
+    grids["generated"] = save_grid(preview.generated, folder / f"generated{ending}", columns)
+    return grids
+
+def print_files(files):
+    """Print where everything is; of very many files, the first and the folders."""
+    files = list(dict.fromkeys(files))  # each once
+    print("Wrote:", *files[:40], sep="\n  ")
+    if len(files) > 40:
+        folders = sorted({str(Path(file).parent) for file in files})
+        print(f"  and {len(files) - 40} more in {', '.join(folders)}")
+
+# ------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line and exit code 2, with the nearest flag for one that does not exist."""
-        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        hint = f"did you mean {near[0]}?" if near else f"see python {self.prog} --help"
-        print(f"error: {message}; {hint}", file=sys.stderr)
+        """Print one line and exit with code 2."""
+        print(f"error: {message}; see python {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
-def integers(text):
-    """The type of flags that take a list: numbers between blanks or commas."""
-    return tuple(int(part) for part in text.split(","))
+    def parse(self, argv):
+        """What a command line gives, {name: value}. Flags may be written with - for _."""
+        words = []
+        for word in argv:
+            name, equals, value = word.partition("=")
+            if word.startswith("--"):
+                name = "--" + name[2:].replace("-", "_")
+            words.append(name + equals + value)
+        arguments, unknown = self.parse_known_args(words)
+        if unknown:
+            known = [option for option in self._option_string_actions if option.startswith("--")]
+            nearest = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+            hint = f", did you mean {nearest[0]}?" if nearest else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return {name: value for name, value in vars(arguments).items() if value is not None}
 
-def parse(parser, groups, argv):
-    """What a command line gives, {name: value}. groups: {heading: names of fields of Config}, each a flag."""
-    for group, names in groups.items():
-        section = parser.add_argument_group(group)
-        for name in names:
-            f, said = FIELDS[name], FIELDS[name].metadata["meaning"].replace("%", "%%")
-            if f.type is bool:
-                said += f"; --no_{name} turns it off" if f.default else ""
-                for word, value, help in ((name, True, said), (f"no_{name}", False, argparse.SUPPRESS)):
-                    section.add_argument(f"--{word}", dest=name, action="store_const", const=value, help=help)
-                continue
-            kind, default = (*typing.get_args(f.type), f.type)[0], f.default  # int of int | None
-            more = dict(type=kind, choices=list(PRESETS) if name == "preset" else f.metadata["choices"])
-            if not more["choices"]:
-                more["metavar"] = {int: "N", float: "X", str: "NAMES" if name == "classes" else "PATH"}[kind]
-            if name == "resume":
-                more |= dict(nargs="?", const="latest")
-            if isinstance(default, tuple):
-                more, default = more | dict(nargs="+", type=integers), " ".join(map(str, default))
-            said += "" if default in (None, "") else f" (default: {default})"
-            section.add_argument(f"--{name}", help=said, **more)
-    # Flags may be written with - for _.
-    argv = [re.sub(r"^--[\w-]+", lambda m: "--" + m[0][2:].replace("-", "_"), a) for a in argv]
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return {name: sum(v, ()) if isinstance(v, list) else v for name, v in given.items()}
+    def add_settings(self, groups):
+        """A flag for each setting. groups: {heading: names of fields of Config}."""
+        for heading, names in groups.items():
+            section = self.add_argument_group(heading)
+            for name in names:
+                self.add_setting(section, name, FIELDS[name])
+
+    def add_setting(self, section, name, field):
+        meaning = field.metadata["meaning"].replace("%", "%%")
+        if field.type is bool:
+            if field.default:
+                meaning += f"; --no_{name} turns it off"
+            section.add_argument(f"--{name}", action="store_const", const=True, help=meaning)
+            section.add_argument(f"--no_{name}", action="store_const", const=False, dest=name,
+                                 help=argparse.SUPPRESS)
+            return
+        is_tuple = typing.get_origin(field.type) is tuple
+        default = " ".join(map(str, field.default)) if is_tuple else field.default
+        if default not in (None, ""):
+            meaning += f" (default: {default})"
+        kind = (typing.get_args(field.type) or [field.type])[0]  # int of tuple[int, ...]
+        options = dict(type=kind, help=meaning, choices=field.metadata["choices"])
+        if name == "preset":
+            options["choices"] = list(PRESETS)
+        if not options["choices"]:
+            metavars = {int: "N", float: "X", str: "PATH"}
+            options["metavar"] = "NAMES" if name == "classes" else metavars[kind]
+        if is_tuple:
+            options["nargs"] = "+"
+        if name == "resume":
+            options |= dict(nargs="?", const="latest")
+        section.add_argument(f"--{name}", **options)
 
 def run(work):
-    """Do a command's work and return its exit code. What the user can mend is told in a sentence."""
-    with contextlib.suppress(AttributeError):  # a terminal may lack letters that names of files have
+    """Do a command's work and return its exit code. What the user can fix is printed as a line."""
+    with contextlib.suppress(AttributeError):  # a terminal may lack letters that file names have
         sys.stdout.reconfigure(errors="backslashreplace")
-    told = sys.stdout if os.environ.get("RANK", "0") == "0" else open(os.devnull, "w")  # one process tells
+    is_main = os.environ.get("RANK", "0") == "0"
     try:
-        with contextlib.redirect_stdout(told):
+        with contextlib.redirect_stdout(sys.stdout if is_main else open(os.devnull, "w")):
             work()
         return 0
-    except UserError as e:
-        message = str(e)  # not e: with it, all that its frames hold would live on
-    except (MemoryError, RuntimeError) as e:
-        said = f"{type(e).__name__} {e}".lower()
-        if re.search("memoryerror|(out of|enough|allocate) memory", said):
-            gpu = "GPU " if isinstance(e, torch.OutOfMemoryError) else ""
-            message = (f"Out of {gpu}memory. Try a larger --grad_accum, or less --image_size, --channels, "
-                       "--sample_batch_size.")
-        elif dist.is_initialized() and re.search("gloo|nccl|timed out", said):
-            message = (f"The processes lost each other ({str(e).splitlines()[0]}). Mend what another one "
-                       "says, or the network between them; then start again (training: with --resume).")
-        else:
-            raise
-    except OSError as e:
-        message = (f"{e.strerror or e} ({e.filename or 'while writing a file'}). What was saved is safe. "
-                   "Make room or permit it, or choose another --model_path, --samples_dir or --download_dir.")
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-    print(f"error: {shown(message)}", file=sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as e:
+        message = explain(e)  # and not e itself, whose frames would keep all their memory
+        if message is None:
+            raise
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 1
+
+def explain(error):
+    """The sentence for an error that the user can fix; None for a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return (f"{error.strerror or error} ({error.filename or 'while writing a file'}). What was "
+                "saved is safe. Make room or permit it, or choose another --model_path, "
+                "--samples_dir or --download_dir.")
+    text = str(error)
+    # PyTorch has no type of its own for all kinds of missing memory, nor for processes that left.
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
+    if isinstance(error, MemoryError) or on_gpu or "you tried to allocate" in text:
+        where = "GPU memory" if on_gpu else "memory"
+        return (f"Out of {where}. Try --checkpointing, a larger --grad_accum, or less "
+                "--image_size, --channels, --sample_batch_size.")
+    if dist.is_initialized() and any(s in text.lower() for s in ("gloo", "nccl", "timed out")):
+        return (f"The processes lost each other ({text.splitlines()[0]}). Fix what another one "
+                "reports, or the network between them; then start again (training: with --resume).")
+    return None
+
+def run_mode(mode, given):
+    """Train or sample with the settings that a command line gives."""
+    if mode == "sample":
+        path = find_model(given.get("model_path", Config.model_path))
+        checkpoint = read_checkpoint(path)
+        config = sampling_config(checkpoint, path, given)
+        sample_run(override(config, model_path=path), checkpoint)
+    elif "resume" in given:
+        path, checkpoint = find_resume(override(Config(), **given))
+        train_run(resumed_config(checkpoint, path, given), checkpoint)
+    else:
+        train_run(preset(given.get("preset", Config.preset), **given))
 
 def main(argv=None):
     """Run a command line and return its exit code."""
     parser = Parser("ddpm.py", allow_abbrev=False, description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=("train", "sample"), required=True, help="learn, or draw pictures")
-    given = parse(parser, GROUPS, sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--mode", choices=("train", "sample"), required=True, help="what to do")
+    parser.add_settings(flag_groups())
+    given = parser.parse(sys.argv[1:] if argv is None else argv)
     mode = given.pop("mode")
-    def work():
-        if mode == "sample":
-            path = find_model(override(Config(), **given))
-            config = drawing_config(read_checkpoint(path), path, given)
-            sample(override(config, model_path=path))
-        elif "resume" in given:
-            path, checkpoint = find_resume(override(Config(), **given))
-            config = stored_config(checkpoint, path, given | dict(resume=str(path)), FOR_RESUMING)
-            del checkpoint  # train reads it again, and this one would take memory to the end
-            train(config)
-        else:
-            train(preset(given.get("preset", Config.preset), **given))
-    return run(work)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    return run(lambda: run_mode(mode, given))
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clean up on the way out, as after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and clean up, as after Ctrl-C
     raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""The page without a browser: Streamlit's AppTest runs it. It draws what the command line draws."""
+"""The page without a browser: Streamlit's AppTest runs it. It samples what the command line samples."""
 
 import io
 import json
@@ -59,9 +59,9 @@ def press(at):
     return at
 
 
-def drawn(at, section="Generate"):
-    """The pictures that a section has drawn: uint8 (N, H, W, C)."""
-    images = at.session_state[f"drawn: {section}"]["images"]
+def generated(at, section="Generate"):
+    """The images that a section has generated: uint8 (N, H, W, C)."""
+    images = at.session_state[f"generated: {section}"]["images"]
     return [np.asarray(Image.open(io.BytesIO(image))) for image in images]
 
 
@@ -78,7 +78,7 @@ def png(pixels):
     return file.getvalue()
 
 
-PICTURE = png(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+IMAGE = png(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
 
 
 def give(at, content, name="mine.png"):
@@ -139,14 +139,14 @@ def test_no_path_but_those_listed_is_taken(page, trained, monkeypatch):
 # --------------------------------------------------------------------------------------------------- generate
 
 
-def test_the_pictures_are_those_of_the_command_line(page, project):
+def test_the_images_are_those_of_the_command_line(page, project):
     at = page()
-    assert labelled(at.number_input, "Pictures").value == 8
+    assert labelled(at.number_input, "Images").value == 8
     press(at)
     expected = command_line(project, num_samples=8, gif=True, individual=str(project / "each"))
-    assert len(drawn(at)) == 8
-    assert all(np.array_equal(a, b) for a, b in zip(drawn(at), expected))
-    kept = at.session_state["drawn: Generate"]
+    assert len(generated(at)) == 8
+    assert all(np.array_equal(a, b) for a, b in zip(generated(at), expected))
+    kept = at.session_state["generated: Generate"]
     assert kept["gif"] == (project / "cli" / "denoising.gif").read_bytes()
     with zipfile.ZipFile(io.BytesIO(kept["zip"])) as archive:
         assert archive.namelist() == sorted(file.name for file in (project / "each").iterdir())
@@ -155,7 +155,7 @@ def test_the_pictures_are_those_of_the_command_line(page, project):
 
 def test_every_setting_reaches_the_sampler(page, project):
     at = page()
-    labelled(at.number_input, "Pictures").set_value(5)
+    labelled(at.number_input, "Images").set_value(5)
     labelled(at.number_input, "Seed").set_value(7)
     labelled(at.selectbox, "Sampler").set_value("ddim")
     labelled(at.select_slider, "Steps").set_value(10)
@@ -164,9 +164,9 @@ def test_every_setting_reaches_the_sampler(page, project):
     press(at)
     expected = command_line(project, num_samples=5, seed=7, sampler="ddim", sampling_steps=10, guidance=3.5,
                             classes="square,disc")
-    assert len(drawn(at)) == 5 and all(np.array_equal(a, b) for a, b in zip(drawn(at), expected))
-    assert at.session_state["drawn: Generate"]["names"][:3] == ["1 square", "2 disc", "3 square"]
-    text = Image.open(io.BytesIO(at.session_state["drawn: Generate"]["images"][0])).text
+    assert len(generated(at)) == 5 and all(np.array_equal(a, b) for a, b in zip(generated(at), expected))
+    assert at.session_state["generated: Generate"]["names"][:3] == ["1 square", "2 disc", "3 square"]
+    text = Image.open(io.BytesIO(at.session_state["generated: Generate"]["images"][0])).text
     assert text["ddpm:seed"] == "7" and text["ddpm:sampler"] == "ddim"
 
 
@@ -174,13 +174,13 @@ def test_steps_run_up_to_all_timesteps_and_no_further(page):
     assert labelled(page().select_slider, "Steps").options == ["2", "5", "10", "20", "50"]  # T = 50
 
 
-def test_a_stop_is_said_once_and_earlier_pictures_stay(page):
+def test_a_stop_is_shown_once_and_earlier_images_stay(page):
     at = press(page())
-    before = at.session_state["drawn: Generate"]["images"]
+    before = at.session_state["generated: Generate"]["images"]
     at.session_state["stopped"] = True
     assert [message.value for message in at.run().info] == ["Stopped."]
     assert not at.run().info
-    assert at.session_state["drawn: Generate"]["images"] == before
+    assert at.session_state["generated: Generate"]["images"] == before
 
 
 def test_settings_outlive_a_look_at_another_section(page):
@@ -189,31 +189,31 @@ def test_settings_outlive_a_look_at_another_section(page):
     at = press(at).segmented_control[0].set_value("Watch a run").run()
     at = at.segmented_control[0].set_value("Generate").run()
     assert labelled(at.number_input, "Seed").value == 5
-    assert len(drawn(at)) == 8
+    assert len(generated(at)) == 8
 
 
 # ------------------------------------------------------------------------------------------------------- edit
 
 
 def test_variations_are_those_of_the_command_line(page, project):
-    (project / "mine.png").write_bytes(PICTURE)
-    at = give(page("Edit"), PICTURE)
+    (project / "mine.png").write_bytes(IMAGE)
+    at = give(page("Edit"), IMAGE)
     labelled(at.slider, "Strength").set_value(0.4)
     labelled(at.select_slider, "Steps").set_value(20)
     press(at)
     expected = command_line(project, num_samples=4, init_image="mine.png", strength=0.4, sampling_steps=20)
     assert len(expected) == 4
-    assert all(np.array_equal(a, b) for a, b in zip(drawn(at, "Vary a picture"), expected))
+    assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Vary an image"), expected))
 
 
 @pytest.mark.parametrize("shape", ["A rectangle", "A mask of yours"])
-def test_redrawing_is_that_of_the_command_line(page, project, shape):
+def test_inpainting_is_that_of_the_command_line(page, project, shape):
     mask = np.zeros((16, 16), np.uint8)
     mask[4:, 8:12] = 255  # 50 to 75 % across, 25 to 100 % down
-    (project / "mine.png").write_bytes(PICTURE)
+    (project / "mine.png").write_bytes(IMAGE)
     (project / "mask.png").write_bytes(png(mask))
     at = page("Edit")
-    give(at.radio[0].set_value("Redraw a part").run(), PICTURE)
+    give(at.radio[0].set_value("Inpaint a part").run(), IMAGE)
     labelled(at.radio, "Where").set_value(shape).run()
     if shape == "A rectangle":
         labelled(at.slider, "From left").set_value((50, 75))
@@ -224,8 +224,8 @@ def test_redrawing_is_that_of_the_command_line(page, project, shape):
     labelled(at.select_slider, "Steps").set_value(10)
     press(at)
     expected = command_line(project, num_samples=4, init_image="mine.png", mask="mask.png", sampling_steps=10)
-    assert all(np.array_equal(a, b) for a, b in zip(drawn(at, "Redraw a part"), expected))
-    original = ddpm.decode(Image.open(io.BytesIO(PICTURE)), 16, 3).transpose(1, 2, 0)
+    assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Inpaint a part"), expected))
+    original = ddpm.decode(Image.open(io.BytesIO(IMAGE)), 16, 3).transpose(1, 2, 0)
     assert np.array_equal(expected[0][:, :8], original[:, :8])
 
 
@@ -235,8 +235,8 @@ def test_going_between_two_seeds_is_that_of_the_command_line(page, project):
     labelled(at.number_input, "Seed of the last").set_value(9)
     press(at)
     expected = command_line(project, num_samples=8, interpolate=9)
-    assert all(np.array_equal(a, b) for a, b in zip(drawn(at, "Between two seeds"), expected))
-    kept = at.session_state["drawn: Between two seeds"]
+    assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Between two seeds"), expected))
+    kept = at.session_state["generated: Between two seeds"]
     assert kept["gif"] == (project / "cli" / "interpolation.gif").read_bytes()
 
 
@@ -250,7 +250,7 @@ def test_the_same_seed_twice_is_told(page):
 
 @pytest.mark.parametrize("section", ["Edit", "Look inside"])
 def test_bad_uploads_get_a_sentence(page, section):
-    broken = give(page(section), b"this is no picture", "holiday.png")
+    broken = give(page(section), b"this is no image", "holiday.png")
     assert not broken.exception and len(broken.error) == 1
     assert broken.error[0].value.startswith("holiday.png cannot be read (UnidentifiedImageError")
     assert "0x" not in broken.error[0].value  # no object's address
@@ -264,26 +264,26 @@ def test_bad_uploads_get_a_sentence(page, section):
 # ------------------------------------------------------------------------------------------------ look inside
 
 
-def test_the_way_back_is_that_of_the_sampler(project):
+def test_the_trajectory_of_is_that_of_the_sampler(project):
     path = project / "saved_models" / "tiny.pt"
-    way = app.way_back((path, 1), 3, 1)
+    trajectory = app.trajectory_of((path, 1), 3, 1)
     model, diffusion, config = ddpm.load_model(path)
     config = ddpm.override(config, seed=3, sampling_steps=50)
     steps = list(ddpm.generate(model, diffusion, config, [0], [1]))
-    assert sorted(way) == list(range(-1, 49))  # the first level is pure noise, and left out
+    assert sorted(trajectory) == list(range(-1, 49))  # the first level is pure noise, and left out
     for (_, x, _), (t, _, x0) in zip(steps, steps[1:]):
-        assert torch.equal(way[t][0], x) and torch.equal(way[t][1], x0)
-    assert torch.equal(way[-1][0], steps[-1][1])
+        assert torch.equal(trajectory[t][0], x) and torch.equal(trajectory[t][1], x0)
+    assert torch.equal(trajectory[-1][0], steps[-1][1])
 
 
-def test_looking_inside_works_with_a_picture_and_without(page):
+def test_looking_inside_works_with_an_image_and_without(page):
     at = page("Look inside")
     assert not at.exception and not at.error
     captions = [c.value for c in at.caption]
-    assert captions[0] == "the model's picture" and "at t = 16" in captions
+    assert captions[0] == "the model's image" and "at t = 16" in captions
     at.select_slider[0].set_value(40).run()
     assert "at t = 40" in [c.value for c in at.caption]
-    at = give(at, PICTURE)
+    at = give(at, IMAGE)
     assert not at.exception and not at.error
     assert [c.value for c in at.caption][0] == "mine.png"
 
@@ -301,7 +301,7 @@ def run_of(folder, rows, **config):
 
 def row(step, seconds, epoch=0.0):
     return dict(step=step, seconds=seconds, epoch=epoch, loss=0.5, loss_quarters=[0.1, 0.2, None, 0.4],
-                lr=1e-3, grad_norm=1.0, memory_mb=1, pictures_per_s=160.0)
+                lr=1e-3, grad_norm=1.0, memory_mb=1, images_per_s=160.0)
 
 
 def test_time_left_follows_from_the_last_lines(tmp_path):
@@ -337,9 +337,9 @@ def test_a_run_that_stopped_or_has_just_begun_or_is_no_run(page, project):
     path = run_of(project / "samples" / "stopped", [row(10, 10), row(20, 20)], steps=100)
     shutil.rmtree(project / "samples" / "run")
     os.utime(path, (1, 1))
-    assert ": stopped, or busy with pictures" in page("Watch a run").get("progress")[0].proto.text
+    assert ": stopped, or busy sampling previews" in page("Watch a run").get("progress")[0].proto.text
     run_of(path.parent, [])
-    assert "no line yet" in page("Watch a run").info[0].value
+    assert "has logged nothing yet" in page("Watch a run").info[0].value
     path.write_text("other\n")
     assert "is not the metrics.jsonl of a run" in page("Watch a run").error[0].value
     path.unlink()

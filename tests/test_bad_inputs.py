@@ -1,4 +1,4 @@
-"""Tables of all that can be wrong with flags, folders, pictures and checkpoints. Each row works as it should,
+"""Tables of all that can be wrong with flags, folders, images and checkpoints. Each row works as it should,
 or ends with an error code and one line that names the thing and the remedy; and nothing is written over."""
 
 import dataclasses
@@ -25,9 +25,18 @@ NUMERIC = [name for name, f in FIELDS.items() if re.search(r"int|float", str(f.t
 FOR_SAMPLING = ("num_samples", "sample_batch_size", "sampling_steps", "eta", "guidance", "seed")
 
 
+def assert_only_the_cache_is_new(before, after):
+    """Two trees are the same, but for at most one cache of decoded images, whole, in the later one."""
+    new = [Path(name) for name in after.keys() - before.keys()]
+    assert {name: after[name] for name in before if name in after} == before
+    assert not new or sorted(path.suffix for path in new) == [".json", ".npy"], new
+    assert {str(path.parent) for path in new} <= {"data/decoded"}, new
+
+
 @pytest.fixture
 def refused(main, tmp_path, capsys):
-    """refused(flags, thing, remedy): the command fails with one line that says both, and changes no file."""
+    """refused(flags, thing, remedy): the command fails with one line that says both, and changes no file. If
+    it had got as far as the images, the cache of them stays."""
 
     def run(flags, *says):
         capsys.readouterr()
@@ -38,7 +47,7 @@ def refused(main, tmp_path, capsys):
         assert code in (1, 2) and len(errors) == 1 and err[-1] == errors[0], (code, err)
         for text in says:
             assert text.lower() in errors[0].lower(), (text, errors[0])
-        assert tree(tmp_path) == before
+        assert_only_the_cache_is_new(before, tree(tmp_path))
         return errors[0]
 
     return run
@@ -104,13 +113,16 @@ CLASHES = [
     ("--arch simple --channels 5", "--channels 5", "must be even"),
     ("--channel_mults", "--channel_mults", "see python ddpm.py --help"),
     ("--channel_mults 1 x", "--channel_mults", "see python ddpm.py --help"),
+    ("--channel_mults 1,2", "--channel_mults: invalid int value: '1,2'", "see python ddpm.py --help"),
+    ("--attention_at 16,8", "--attention_at: invalid int value: '16,8'", "see python ddpm.py --help"),
+    ("--arch simple --checkpointing", "--checkpointing", "no effect on --arch simple: leave it out"),
     ("--timesteps 9", "--timesteps 9", "give 10 to 100000"),
     ("--label_dropout 1.5", "--label_dropout 1.5", "give 0 to 1"),
     ("--channel_mults 0 1", "--channel_mults 0", "give 1 to 64"),
     ("--schedule cosine --beta_end 0.1", "--schedule cosine", "leave them out"),
     ("--schedule linear --beta_start 0.1 --beta_end 0.01", "--beta_start 0.1", "has to grow"),
     ("--schedule linear --beta_start 0.95 --beta_end 0.999", "--timesteps 50", "give fewer"),
-    ("--schedule linear --beta_start 1e-4 --beta_end 0.02 --timesteps 100000", "100000", "leave nothing"),
+    ("--schedule linear --beta_start 1e-4 --beta_end 0.02 --timesteps 100000", "100000", "leaves nothing"),
     ("--resume a.pt --init_from b.pt", "a.pt", "give the path of a file that --mode train wrote"),
     ("--steps 3 --epochs 1", "--steps and --epochs", "give one"),
     ("--steps 3 --minutes 1", "--steps and --minutes", "give one"),
@@ -124,10 +136,10 @@ CLASHES = [
     ("--resume gone.pt", "gone.pt", "give the path of a file that --mode train wrote"),
     ("--resume", "model_steps", "leave out --resume to start a run"),
     ("--data_path gone", "no folder gone", "cifar10"),
-    ("--data_path notes.txt", "notes.txt", "give --data_path pictures"),
+    ("--data_path notes.txt", "notes.txt", "give --data_path an image folder"),
     ("--data_path folder", "saw 1 files (.txt 1)", "accepted .png .jpg"),
     ("--data_path empty", "saw 0 files", "accepted .png .jpg"),
-    ("--data_path hidden", "No pictures in hidden", "accepted .png .jpg"),
+    ("--data_path hidden", "No images in hidden", "accepted .png .jpg"),
     ("--data_path here --samples_dir here/samples", "here/samples is inside", "choose another folder"),
     ("--data_path here --samples_dir here", "is inside --data_path", "choose another folder"),
     ("--model_path folder", "--model_path folder is a folder", "give a file in it, as in folder/model.pt"),
@@ -156,8 +168,7 @@ def test_flags_that_clash(
     refused, pictures, clutter, quick_plots, tmp_path, monkeypatch, flags, thing, remedy
 ):
     if "Out of memory" in thing:  # what a run writes before its first step is no loss
-        monkeypatch.setattr(ddpm.RunLog, "__init__", lambda *_: None)
-        monkeypatch.setattr(ddpm.RunLog, "bar", ddpm.contextlib.nullcontext(), raising=False)
+        monkeypatch.setattr(ddpm, "open_run", lambda *_: None)
     refused(training(pictures) + ["--model_path", "model.pt"] + words(flags), thing, remedy)
 
 
@@ -207,7 +218,7 @@ def test_classes_with_numbers_for_names(main, pictures, tmp_path, quick_plots):
     shutil.copytree(pictures, tmp_path / "digits")
     for i, name in enumerate(("disc", "square", "stripes")):
         (tmp_path / "digits" / name).rename(tmp_path / "digits" / str(i))
-    assert main(*training("digits"), "--classes 0,2 --channel_mults=1,2 --attention_at 16,8") == 0
+    assert main(*training("digits"), "--classes 0,2 --channel_mults 1 2 --attention_at 16 8") == 0
     config = ddpm.load_model("saved_models/denoise_model.pt")[2]
     assert (config.channel_mults, config.attention_at, config.classes) == ((1, 2), (16, 8), "0,2")
     assert main("--mode sample --num_samples 2 --sampling_steps 1 --classes 1,2") == 0
@@ -221,7 +232,7 @@ def test_a_schedule_of_ones_own_drops_the_betas_of_the_recipe(given, left):
     assert ddpm.preset("flowers_simple", schedule="quadratic", beta_end=0.03).beta_end == 0.03
 
 
-# ---- pictures: one odd one among many
+# ---- images: one odd one among many
 
 
 def png(size=(16, 16), mode="RGB", colour=None, kind="PNG", **more):
@@ -250,7 +261,7 @@ def bomb(side):
 
 
 def text_bomb():
-    """A picture whose text is 200 MB of one letter."""
+    """An image whose text is 200 MB of one letter."""
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(b"a" * 10**6) for _ in range(200)) + packer.flush()
     whole = png()
@@ -317,7 +328,7 @@ BAD = {  # name -> bytes: none of them can be read, and training goes on without
     "cut.bmp": lambda: png((64, 64), kind="BMP")[:900],
     "cut.tiff": lambda: noise((64, 64), "TIFF")[:3000],
     "flipped.png": lambda: noise((64, 64), "PNG").replace(b"IDAT", b"IDAT\xff", 1),
-    "text.png": lambda: b"this is no picture\n" * 9,
+    "text.png": lambda: b"this is no image\n" * 9,
     "page.jpg": lambda: b"<!DOCTYPE html><html>404 not found</html>",
     "zip.png": lambda: b"PK\x03\x04" + bytes(99),
     "drawing.png": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>',
@@ -336,7 +347,7 @@ BAD = {  # name -> bytes: none of them can be read, and training goes on without
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Thirty good pictures, in a folder that is copied for each row."""
+    """Thirty good images, in a folder that is copied for each row."""
     folder = tmp_path_factory.mktemp("many")
     for i in range(30):
         Image.new("RGB", (16, 16), (8 * i, 100, 50)).save(folder / f"{i:02d}.png")
@@ -345,31 +356,31 @@ def many(tmp_path_factory):
 
 @pytest.fixture
 def dry_run(main, many, tmp_path, capsys):
-    """dry_run(): look at the pictures in tmp_path/data; the banner and what is said of bad ones."""
+    """dry_run(): look at the images in tmp_path/data; the banner and what is said of unreadable ones."""
     shutil.copytree(many, tmp_path / "data")
 
     def run():
         before = tree(tmp_path)
         assert main("--mode train --data_path data --dry_run --steps 1", TINY) == 0
-        assert tree(tmp_path) == before
+        assert_only_the_cache_is_new(before, tree(tmp_path))
         return capsys.readouterr()
 
     return run
 
 
 @pytest.mark.parametrize("name", GOOD, ids=ascii)
-def test_an_odd_picture_is_learned(dry_run, tmp_path, name):
+def test_an_odd_image_is_learned(dry_run, tmp_path, name):
     (tmp_path / "data" / name).write_bytes(GOOD[name]())
     out, err = dry_run()
-    assert "31 found, 31 to train on" in out and "0 unreadable" in out and "cannot be read" not in err
+    assert "31 found, 31 for training" in out and "0 unreadable" in out and "cannot be read" not in err
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_picture_among_many_is_named_and_left_out(dry_run, tmp_path, name):
+def test_an_unreadable_image_among_many_is_named_and_left_out(dry_run, tmp_path, name):
     (tmp_path / "data" / name).write_bytes(BAD[name]())
     out, err = dry_run()
-    assert "31 found, 30 to train on" in out and "1 unreadable" in out
-    assert "1 of 31 pictures cannot be read" in err and repr(name) in err
+    assert "31 found, 30 for training" in out and "1 unreadable" in out
+    assert "1 of 31 images cannot be read" in err and repr(name) in err
 
 
 def a_pipe(path):
@@ -392,23 +403,23 @@ def a_device_without_end(path):
 def test_what_is_no_file_is_named_and_never_waited_for(dry_run, tmp_path, make):
     make(tmp_path / "data" / "odd.png")
     out, err = dry_run()
-    assert "31 found, 30 to train on" in out and "'odd.png'" in err and "no file" in err
+    assert "31 found, 30 for training" in out and "'odd.png'" in err and "no file" in err
 
 
-def test_folders_that_look_like_pictures_or_lead_in_a_circle(dry_run, tmp_path):
+def test_folders_that_look_like_images_or_lead_in_a_circle(dry_run, tmp_path):
     (tmp_path / "data" / "folder.png").mkdir()
     shutil.copy(tmp_path / "data" / "00.png", tmp_path / "data" / "folder.png" / "inside.png")
     (tmp_path / "data" / "folder.png" / "again").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "up").symlink_to(tmp_path)
     out, _ = dry_run()
-    assert "31 found, 31 to train on" in out
+    assert "31 found, 31 for training" in out
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_only_bad_pictures_are_too_many(refused, tmp_path, name, capsys):
+def test_only_unreadable_images_are_too_many(refused, tmp_path, name, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / name).write_bytes(BAD[name]() if "bomb" not in name else b"")
-    refused(training("data"), "5 %", "mend or remove")
+    refused(training("data"), "5 %", "fix or remove")
 
 
 # ---- checkpoints
@@ -470,7 +481,7 @@ CANNOT_BE = ("has a configuration that cannot be", "use another")
 CHECKPOINTS = {
     "empty": (lambda: b"", *DAMAGED),
     "text": (lambda: b"no checkpoint at all\n" * 99, *DAMAGED),
-    "a picture": (lambda: STORED.with_suffix(".png").read_bytes(), *DAMAGED),
+    "an image": (lambda: STORED.with_suffix(".png").read_bytes(), *DAMAGED),
     "cut early": (lambda: STORED.read_bytes()[:100], *DAMAGED),
     "cut in the middle": (lambda: STORED.read_bytes()[:40_000], *DAMAGED),
     "cut by a byte": (lambda: STORED.read_bytes()[:-1], *DAMAGED),
@@ -530,7 +541,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_bad_checkpoint_draws_nothing(refused, tmp_path, name):
+def test_a_bad_checkpoint_samples_nothing(refused, tmp_path, name):
     make, thing, remedy = CHECKPOINTS[name]
     (tmp_path / "bad.pt").write_bytes(make())
     refused("--mode sample --num_samples 2 --sampling_steps 2 --model_path bad.pt", "bad.pt", thing, remedy)
@@ -553,7 +564,7 @@ def test_a_bad_checkpoint_starts_nothing(refused, pictures, tmp_path, use, name)
     refused([*base, use, "bad.pt"], "bad.pt", thing, remedy)
 
 
-def test_a_model_is_not_a_run_to_go_on_with(refused, main, pictures, tmp_path, quick_plots):
+def test_a_model_is_not_a_run_to_resume(refused, main, pictures, tmp_path, quick_plots):
     """--resume saved_models/x.pt is a likely slip: say where the step checkpoints are."""
     assert main(*training(pictures), "--model_path m/x.pt") == 0
     refused(

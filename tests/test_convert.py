@@ -1,4 +1,4 @@
-"""To and from diffusers: its pipelines draw the same pictures, its folders are read, and the rest refused."""
+"""To and from diffusers: its pipelines sample the same images, its folders are read, and the rest refused."""
 
 import dataclasses
 import inspect
@@ -30,7 +30,7 @@ def config_of(**settings):
 
 
 def checkpoint(path, config, channels=3, classes=()):
-    """Write a checkpoint with random weights, plain and averaged ones that differ."""
+    """Write a checkpoint with random weights, plain and EMA ones that differ."""
     plain, ema = (
         randomise(ddpm.build_model(config, channels, classes), seed).state_dict() for seed in (0, 1)
     )
@@ -40,16 +40,16 @@ def checkpoint(path, config, channels=3, classes=()):
 
 
 def ours(path, n=4, labels=None, **settings):
-    """The pictures (n, C, H, W) in [-1, 1] that ddpm.py draws, without guidance."""
+    """The images (n, C, H, W) in [-1, 1] that ddpm.py samples, without guidance."""
     model, diffusion, config = ddpm.load_model(path)
     config = ddpm.override(config, **dict(guidance=1.0) | settings)
     return [*ddpm.generate(model, diffusion, config, range(n), labels or [-1] * n)][-1][1].clamp(-1, 1)
 
 
 def theirs(pipeline, n=4, **more):
-    """The pictures that a pipeline of diffusers draws from the same noise."""
+    """The images that a pipeline of diffusers samples from the same noise."""
     pipeline.set_progress_bar_config(disable=True)
-    noise = [torch.Generator().manual_seed(ddpm.mix(0, i)) for i in range(n)]
+    noise = [torch.Generator().manual_seed(ddpm.derive_seed(0, i)) for i in range(n)]
     return pipeline(batch_size=n, generator=noise, output_type="pt", **more).images * 2 - 1
 
 
@@ -59,7 +59,7 @@ def ddim(folder, n=4, steps=10):
 
 
 def same(a, b, free=0.2):
-    """Pictures of which enough is neither black nor white to tell, equal to a ten-thousandth."""
+    """Images of which enough is neither black nor white to tell, equal to a ten-thousandth."""
     assert (a.abs() < 0.99).float().mean() > free
     torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
@@ -72,11 +72,11 @@ def run(tmp_path, monkeypatch):
     return lambda *flags: exit_code(convert.main, *flags)
 
 
-def refused(capsys, *told):
+def refused(capsys, *expected):
     """There is one line on stderr, an error that holds all of these."""
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1 and err[0].startswith("error:"), err
-    assert all(what in err[0] for what in told), err[0]
+    assert all(what in err[0] for what in expected), err[0]
     assert err[0][-1] in ".)" or "--help" in err[0] or "pip install" in err[0], err[0]
 
 
@@ -85,7 +85,7 @@ def refused(capsys, *told):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("predict", ["eps", "x0", "v"])
-def test_ddim_pipeline_draws_our_pictures(tmp_path, predict, schedule):
+def test_ddim_pipeline_samples_our_images(tmp_path, predict, schedule):
     path = checkpoint(tmp_path / "m.pt", config_of(predict=predict, schedule=schedule))
     convert.to_diffusers(path, tmp_path / "d")
     # What a random network takes for noise hardly matters: nearly all is clipped. A trained one is below.
@@ -93,7 +93,7 @@ def test_ddim_pipeline_draws_our_pictures(tmp_path, predict, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_trained_model_that_predicts_noise_draws_the_same(run, pictures, quick_plots, schedule):
+def test_a_trained_model_that_predicts_noise_samples_the_same(run, pictures, quick_plots, schedule):
     more = f"--predict eps --schedule {schedule} --timesteps 1000 --no_class_cond --steps 60 --lr 1e-2"
     here = places(Path(), pictures)
     assert ddpm.main(words("--mode train", TINY, more, "--batch_size 8 --ema_decay 0.9", *here)) == 0
@@ -114,7 +114,7 @@ def test_a_trained_model_that_predicts_noise_draws_the_same(run, pictures, quick
         (3, dict(timesteps=1000, schedule="linear", beta_start=1e-3, beta_end=0.1, sampling_steps=50)),
     ],
 )
-def test_networks_of_many_forms_draw_the_same(tmp_path, channels, settings):
+def test_networks_of_many_forms_sample_the_same(tmp_path, channels, settings):
     config = config_of(**settings)
     path = checkpoint(tmp_path / "m.pt", config, channels)
     convert.to_diffusers(path, tmp_path / "d")
@@ -122,7 +122,7 @@ def test_networks_of_many_forms_draw_the_same(tmp_path, channels, settings):
 
 
 @pytest.mark.parametrize("predict", ["x0", "v"])
-def test_ddpm_pipeline_draws_our_pictures_on_all_steps(tmp_path, predict):
+def test_ddpm_pipeline_samples_our_images_on_all_steps(tmp_path, predict):
     path = checkpoint(tmp_path / "m.pt", config_of(predict=predict, timesteps=20))
     convert.to_diffusers(path, tmp_path / "d")
     pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "d")
@@ -143,12 +143,12 @@ def test_diffusers_finds_the_pipeline_by_itself_and_misses_or_ignores_no_option(
         assert written.items() <= dict(part.config, _class_name=type(part).__name__).items()
 
 
-def test_weights_are_the_averaged_ones_or_the_plain_ones(tmp_path):
+def test_weights_are_the_ema_ones_or_the_plain_ones(tmp_path):
     path = checkpoint(tmp_path / "m.pt", config_of())
-    convert.to_diffusers(path, tmp_path / "averaged")
+    convert.to_diffusers(path, tmp_path / "ema")
     convert.to_diffusers(path, tmp_path / "plain", ema=False)
     stored = ddpm.read_checkpoint(path)
-    for folder, name in (("averaged", "ema"), ("plain", "weights")):
+    for folder, name in (("ema", "ema"), ("plain", "weights")):
         unet = diffusers.UNet2DModel.from_pretrained(tmp_path / folder / "unet")
         assert torch.equal(unet.conv_in.weight, stored[name]["conv_in.weight"])
 
@@ -163,12 +163,12 @@ def test_a_class_or_none_is_folded_into_the_weights(run, capsys, label):
     here = ours(path, labels=[label] * 4)
     same(here, ddim("d"))
     for other in {-1, 0, 1, 2} - {label}:
-        assert (here - ours(path, labels=[other] * 4)).abs().max() > 0.02, "two labels draw the same"
+        assert (here - ours(path, labels=[other] * 4)).abs().max() > 0.02, "two labels sample the same"
     config = json.loads(Path("d", UNET).read_text())
     assert config["num_class_embeds"] is None and config["class_embed_type"] is None
 
 
-def test_the_snippet_of_the_readme_draws_what_ddpm_draws(run, pictures, quick_plots):
+def test_the_snippet_of_the_readme_samples_what_ddpm_samples(run, pictures, quick_plots):
     """From the README's own lines: both commands, and the Python between them."""
     section = re.search(r"## To and from diffusers\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)[1]
     blocks = re.findall(r"((?:^    .*\n|^\n)+)", section, re.M)
@@ -182,14 +182,14 @@ def test_the_snippet_of_the_readme_draws_what_ddpm_draws(run, pictures, quick_pl
     exec(snippet, variables := {})
     [(_, flags)] = [c for c in commands if "--sampler ddim" in c[1]]
     assert ddpm.main(words(flags, "--individual out --device cpu")) == 0
-    drawn = [np.asarray(Image.open(f), dtype=int) for f in sorted(Path("out").iterdir())]
-    assert len(drawn) == len(variables["pictures"]) > 1
-    for a, b in zip(drawn, variables["pictures"]):
+    sampled = [np.asarray(Image.open(f), dtype=int) for f in sorted(Path("out").iterdir())]
+    assert len(sampled) == len(variables["images"]) > 1
+    for a, b in zip(sampled, variables["images"]):
         assert a.std() > 20 and abs(a - np.asarray(b, dtype=int)).max() <= 1
 
 
 @pytest.mark.parametrize(
-    "settings, told",
+    "settings, expected",
     [
         (dict(arch="simple"), ("--arch simple", "--arch unet")),
         (dict(arch="resnet18", image_size=32), ("--arch resnet18", "--arch unet")),
@@ -199,15 +199,15 @@ def test_the_snippet_of_the_readme_draws_what_ddpm_draws(run, pictures, quick_pl
         (dict(timesteps=1000, schedule="linear", beta_end=0.2), ("--beta_end 0.2", "--beta_end 0.02")),
     ],
 )
-def test_what_diffusers_cannot_express_is_refused(run, capsys, settings, told):
+def test_what_diffusers_cannot_express_is_refused(run, capsys, settings, expected):
     checkpoint("m.pt", config_of(**settings))
     assert run("--to_diffusers d --model_path m.pt") == 1
-    refused(capsys, "m.pt", "diffusers", *told)
+    refused(capsys, "m.pt", "diffusers", *expected)
     assert [*Path().iterdir()] == [Path("m.pt")]
 
 
 @pytest.mark.parametrize(
-    "classes, flags, told",
+    "classes, flags, expected",
     [
         (["cat", "dog"], "--classes lion", ("'lion'", "cat, dog")),
         (["cat", "dog"], "--classes cat,dog", ("give one",)),
@@ -215,10 +215,10 @@ def test_what_diffusers_cannot_express_is_refused(run, capsys, settings, told):
         ([], "--model_path none.pt", ("No checkpoint none.pt",)),
     ],
 )
-def test_flags_that_fit_no_model_are_refused(run, capsys, classes, flags, told):
+def test_flags_that_fit_no_model_are_refused(run, capsys, classes, flags, expected):
     checkpoint("m.pt", config_of(), classes=classes)
     assert run("--to_diffusers d --model_path m.pt", flags) == 1
-    refused(capsys, *told)
+    refused(capsys, *expected)
     assert not Path("d").exists()
 
 
@@ -305,14 +305,14 @@ def old_names(state):
 
 
 def same_networks(path, unet, n=2):
-    """Both say the same of the same noisy pictures, at both ends of t and between."""
+    """Both output the same for the same noisy images, at both ends of t and between."""
     model, _, config = ddpm.load_model(path)
-    x = torch.randn(n, model.channels, config.image_size, config.image_size)
+    x = torch.randn(n, model.image_channels, config.image_size, config.image_size)
     with torch.no_grad():
         for t in (0, config.timesteps // 2, config.timesteps - 1):
             t = torch.full((n,), t)
             a, b = model(x, t), unet(x, t).sample
-            assert b.std() > 0.01, "an output that says nothing would be equal for the wrong reason"
+            assert b.std() > 0.01, "an output of nothing would be equal for the wrong reason"
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
@@ -320,7 +320,7 @@ def test_the_published_cifar10_model_is_read(run, tmp_path):
     """Its folder is flat, its attention has the old names, its weights are in a .bin."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(**PUBLISHED).eval()
-    for name in ("norm1.weight", "norm2.weight"):  # as it comes, a new network says next to nothing
+    for name in ("norm1.weight", "norm2.weight"):  # as it comes, a new network outputs next to nothing
         for key, p in unet.named_parameters():
             if key.endswith(name):
                 p.data *= 3
@@ -335,7 +335,7 @@ def test_the_published_cifar10_model_is_read(run, tmp_path):
     recipe = ddpm.preset("cifar10")
     for name in "channels channel_mults attention_at res_blocks patch class_cond schedule".split():
         assert getattr(config, name) == getattr(recipe, name), name
-    assert config.predict == "eps" and config.timesteps == 1000 and model.classes == []
+    assert config.predict == "eps" and config.timesteps == 1000 and model.class_names == []
     expected = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     torch.testing.assert_close(diffusion.abar[:-1], expected)
 
@@ -396,8 +396,8 @@ def test_networks_of_diffusers_are_read_with_their_prediction(run, prediction, s
     assert config.timesteps == 40
     ddpm.check(config)  # it asks for no more steps than there are
     if prediction != "epsilon":
-        drawn = ours("m.pt", n=2, sampler="ddim", sampling_steps=10)
-        same(drawn, ddim("d", n=2))
+        sampled = ours("m.pt", n=2, sampler="ddim", sampling_steps=10)
+        same(sampled, ddim("d", n=2))
 
 
 @pytest.mark.parametrize("given", ["name", "betas"])
@@ -432,20 +432,20 @@ def test_there_and_back_gives_the_same_weights_and_settings(run, attention, sche
     a, b = (ddpm.load_model(path)[1].abar for path in ("m.pt", "back.pt"))
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
     kept = ddpm.load_model("back.pt")[2]
-    same = {*ddpm.GROUPS["network"], "predict", "timesteps", "schedule", "image_size"}
+    same = {*ddpm.flag_groups()["network"], "predict", "timesteps", "schedule", "image_size"}
     different = {n for n in same if getattr(kept, n) != getattr(config, n)}
     assert different <= {"attention_at" if attention == "none" else "", "class_cond"}
 
 
-def test_a_converted_checkpoint_draws_and_trains_on(run, main, pictures, quick_plots, capsys):
+def test_a_converted_checkpoint_samples_and_trains_on(run, main, pictures, quick_plots, capsys):
     kinds = dict(down_block_types=SMALL["down_block_types"][:2], up_block_types=SMALL["up_block_types"][2:])
     unet = SMALL | kinds | dict(block_out_channels=[8, 16], sample_size=16, layers_per_block=1)
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=50, prediction_type="v_prediction")
     diffusers.DDPMPipeline(their_unet(unet), scheduler).save_pretrained("d")
     assert run("--from_diffusers d --model_path m.pt") == 0
     assert main("--mode sample --model_path m.pt --num_samples 4 --individual out") == 0
-    drawn = np.stack([np.asarray(Image.open(f)) for f in sorted(Path("out").iterdir())])
-    assert drawn.shape == (4, 16, 16, 3) and drawn.std() > 20
+    sampled = np.stack([np.asarray(Image.open(f)) for f in sorted(Path("out").iterdir())])
+    assert sampled.shape == (4, 16, 16, 3) and sampled.std() > 20
     capsys.readouterr()
     more = "--no_class_cond --steps 2 --init_from m.pt"
     assert main("--mode train", TINY, more, *places(Path("on"), pictures)) == 0
@@ -603,13 +603,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_we_cannot_express_is_refused_by_name_and_nothing_is_touched(run, folder, capsys, case):
-    spoil, told = REFUSED[case]
+    spoil, expected = REFUSED[case]
     shutil.copytree(folder, "d")
     spoil(Path("d"))
     Path("m.pt").write_text("weeks of training")
     before = tree(".")
     assert run("--from_diffusers d --model_path m.pt") == 1
-    refused(capsys, "d cannot be converted", told)
+    refused(capsys, "d cannot be converted", expected)
     assert tree(".") == before  # among it: no file that a pickle made
 
 

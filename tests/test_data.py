@@ -1,4 +1,4 @@
-"""The data path: which files are read, what becomes of every kind of picture, the cache, and batches."""
+"""The data path: which files are read, what becomes of every kind of image, the cache, and batches."""
 
 import builtins
 import dataclasses
@@ -29,7 +29,7 @@ def load(path, **more):
 
 
 def one(path, **more):
-    """The pixels of the only picture in a folder."""
+    """The pixels of the only image in a folder."""
     images = load(path, **more)
     assert len(images.pixels) == 1
     return images.pixels[0].numpy()
@@ -46,12 +46,12 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     for i in range(3):
         flat("RGB", (i, 0, 0)).save(tmp_path / f"{i}.png")
     images = load(tmp_path)
-    assert len(images.train) == 3 and images.classes == [] and images.labels.tolist() == [-1, -1, -1]
+    assert len(images.train) == 3 and images.class_names == [] and images.labels.tolist() == [-1, -1, -1]
 
 
 def test_sub_folders_are_classes_in_alphabetical_order(pictures, tmp_path):
     images = load(pictures, download_dir=str(tmp_path))
-    assert images.classes == ["disc", "square", "stripes"]
+    assert images.class_names == ["disc", "square", "stripes"]
     assert images.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
 
 
@@ -60,12 +60,12 @@ def test_folders_deeper_down_belong_to_the_first(tmp_path):
         (tmp_path / place).mkdir(parents=True, exist_ok=True)
         flat("RGB", "red").save(tmp_path / place / "p.png")
     images = load(tmp_path)
-    assert images.classes == ["a", "b"] and sorted(images.labels.tolist()) == [0, 0, 1]
+    assert images.class_names == ["a", "b"] and sorted(images.labels.tolist()) == [0, 0, 1]
 
 
 @pytest.mark.parametrize("more, expected", [({"class_cond": False}, 0), ({}, 3)])
 def test_classes_are_learned_only_when_wanted(pictures, tmp_path, more, expected):
-    assert len(load(pictures, download_dir=str(tmp_path), **more).classes) == expected
+    assert len(load(pictures, download_dir=str(tmp_path), **more).class_names) == expected
 
 
 def test_suffixes_count_in_any_case_and_other_files_and_dotfiles_do_not(tmp_path):
@@ -74,39 +74,39 @@ def test_suffixes_count_in_any_case_and_other_files_and_dotfiles_do_not(tmp_path
     (tmp_path / ".hidden").mkdir()
     shutil.copy(tmp_path / "a.png", tmp_path / ".a.png")
     shutil.copy(tmp_path / "a.png", tmp_path / ".hidden" / "a.png")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     images = load(tmp_path)
-    assert len(images.train) == 9 and images.classes == []
+    assert len(images.train) == 9 and images.class_names == []
 
 
-def test_no_folder_is_told(tmp_path):
+def test_no_folder_is_an_error(tmp_path):
     with pytest.raises(ddpm.UserError, match="No folder .*nowhere"):
         load(tmp_path / "nowhere")
 
 
-def test_a_folder_without_pictures_is_told_with_what_it_holds(tmp_path):
+def test_a_folder_without_images_is_an_error_that_says_what_it_holds(tmp_path):
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text("")
     with pytest.raises(
-        ddpm.UserError, match=r"No pictures in .*: saw 12 files \(\.txt 12\); accepted \.png \.jpg"
+        ddpm.UserError, match=r"No images in .*: saw 12 files \(\.txt 12\); accepted \.png \.jpg"
     ):
         load(tmp_path)
 
 
-def test_an_empty_folder_is_told(tmp_path):
+def test_an_empty_folder_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ddpm.UserError, match="No pictures in .*empty: saw 0 files"):
+    with pytest.raises(ddpm.UserError, match="No images in .*empty: saw 0 files"):
         load(tmp_path / "empty")
 
 
-def test_a_loop_of_links_ends_and_counts_no_picture_twice(tmp_path):
+def test_a_loop_of_links_ends_and_counts_no_image_twice(tmp_path):
     (tmp_path / "a").mkdir()
     flat("RGB", "red").save(tmp_path / "a" / "p.png")
     (tmp_path / "a" / "again").symlink_to(tmp_path)
     assert len(load(tmp_path).train) == 1
 
 
-def test_max_images_draws_a_fixed_choice_by_the_seed(pictures, tmp_path):
+def test_max_images_is_a_fixed_choice_by_the_seed(pictures, tmp_path):
     def chosen(**more):
         return load(pictures, download_dir=str(tmp_path), max_images=10, **more).pixels
 
@@ -114,11 +114,11 @@ def test_max_images_draws_a_fixed_choice_by_the_seed(pictures, tmp_path):
     assert not torch.equal(chosen(), chosen(seed=1))
 
 
-# ---- every kind of picture
+# ---- every kind of image
 
 
 @pytest.mark.parametrize("suffix", ("png", "bmp", "tiff", "gif", "webp", "jpg"))
-def test_a_picture_keeps_its_colours_in_every_format(tmp_path, suffix):
+def test_an_image_keeps_its_colours_in_every_format(tmp_path, suffix):
     colours = (200, 40, 90)
     flat("RGB", colours).save(
         tmp_path / f"p.{suffix}", **({"quality": 95} if suffix in ("jpg", "webp") else {})
@@ -128,12 +128,12 @@ def test_a_picture_keeps_its_colours_in_every_format(tmp_path, suffix):
     np.testing.assert_allclose(pixels.transpose(1, 2, 0).reshape(-1, 3), [colours] * 256, atol=4)
 
 
-def test_grey_pictures_make_a_model_of_one_channel(tmp_path):
+def test_grey_images_make_a_model_of_one_channel(tmp_path):
     flat("L", 77).save(tmp_path / "p.png")
     assert (one(tmp_path) == 77).all() and one(tmp_path).shape == (1, 16, 16)
 
 
-def test_one_picture_in_colour_makes_all_of_them_colour(tmp_path):
+def test_one_image_in_colour_makes_all_of_them_colour(tmp_path):
     flat("L", 77).save(tmp_path / "a.png")
     flat("RGB", (1, 2, 3)).save(tmp_path / "b.png")
     pixels = load(tmp_path).pixels
@@ -166,7 +166,7 @@ def test_the_transparent_colour_of_a_palette_is_white(tmp_path):
     assert pixels[:, 8, 2].tolist() == [255, 255, 255] and pixels[:, 8, 13].tolist() == [200, 100, 50]
 
 
-def test_one_bit_pictures_are_black_and_white(tmp_path):
+def test_one_bit_images_are_black_and_white(tmp_path):
     Image.fromarray(np.arange(16)[None].repeat(16, 0) > 7).save(tmp_path / "p.png")
     pixels = one(tmp_path)
     assert pixels.shape[0] == 1 and (pixels[0, :, 2] == 0).all() and (pixels[0, :, 13] == 255).all()
@@ -179,13 +179,13 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
     assert pixels.shape[0] == 1 and (pixels == 128).all()
 
 
-def test_a_dark_sixteen_bit_picture_stays_dark(tmp_path):
-    """300 of 65535 is 1 of 255, whatever else the picture holds."""
+def test_a_dark_sixteen_bit_image_stays_dark(tmp_path):
+    """300 of 65535 is 1 of 255, whatever else the image holds."""
     Image.fromarray(np.full((16, 16), 300, np.uint16)).save(tmp_path / "p.png")
     assert (one(tmp_path) == 1).all()
 
 
-def test_a_nearly_black_sixteen_bit_picture_is_black(tmp_path):
+def test_a_nearly_black_sixteen_bit_image_is_black(tmp_path):
     """200 of 65535 is 0.8 of 255: the depth is the file's, not a guess from its brightest pixel."""
     Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "p.png")
     assert one(tmp_path).max() <= 1
@@ -197,7 +197,7 @@ def test_cmyk_becomes_rgb(tmp_path):
 
 
 def test_the_orientation_in_exif_is_applied(tmp_path):
-    """Orientation 6: the camera lay on its side, and the file's left edge is the picture's top."""
+    """Orientation 6: the camera lay on its side, and the file's left edge is the image's top."""
     image = Image.new("RGB", (16, 16), "blue")
     image.paste("red", (0, 0, 8, 16))
     exif = Image.Exif()
@@ -212,7 +212,7 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path):
     np.testing.assert_allclose(one(tmp_path)[:, 8, 8], (255, 0, 0), atol=1)
 
 
-def test_a_single_pixel_becomes_a_whole_picture(tmp_path):
+def test_a_single_pixel_becomes_a_whole_image(tmp_path):
     flat("RGB", (9, 8, 7), (1, 1)).save(tmp_path / "p.png")
     assert (one(tmp_path) == np.array([9, 8, 7]).reshape(3, 1, 1)).all()
 
@@ -228,7 +228,7 @@ def test_the_central_square_is_cut_out(tmp_path, turn):
     assert (pixels[1] > 250).all() and (pixels[[0, 2]] < 5).all()
 
 
-def test_pictures_are_resized_with_antialiasing(tmp_path):
+def test_images_are_resized_with_antialiasing(tmp_path):
     """A fine chequerboard averages to grey; picking pixels would give black or white."""
     board = (np.indices((160, 160)).sum(0) % 2 * 255).astype(np.uint8)
     Image.fromarray(board).save(tmp_path / "p.png")
@@ -250,78 +250,108 @@ def test_28_pixels_are_padded_to_32_with_their_border(tmp_path):
     np.testing.assert_array_equal(pixels[0, 2:-2, 2:-2], values)
 
 
-# ---- bad files
+# ---- unreadable files
 
 
-def folder_with_bad(root, good, bad):
+def folder_with_unreadable(root, good, unreadable):
     root.mkdir()
     for i in range(good):
         flat("L", i).save(root / f"good{i:03d}.png")
-    for i in range(bad):
+    for i in range(unreadable):
         (root / f"bad{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     return root
 
 
-def test_a_few_bad_files_are_listed_and_left_out(tmp_path, capsys):
-    images = load(folder_with_bad(tmp_path / "few", 21, 1))
-    assert len(images.train) == 21 and images.bad == 1
+def test_a_few_unreadable_files_are_listed_and_left_out(tmp_path, capsys):
+    images = load(folder_with_unreadable(tmp_path / "few", 21, 1))
+    assert len(images.train) == 21 and images.num_unreadable == 1
     assert "bad0.png" in capsys.readouterr().err
-    rows = np.sort(np.concatenate([images.order(0), images.held_out]))
-    assert sorted(images.pixels[rows, 0, 0, 0].tolist()) == list(range(21)), "the bad one is never shown"
+    rows = np.sort(np.concatenate([images.order(0), images.validation]))
+    assert sorted(images.pixels[rows, 0, 0, 0].tolist()) == list(range(21)), "without the unreadable one"
 
 
-@pytest.mark.parametrize("good, bad", [(19, 1), (0, 1), (5, 5)])
-def test_five_percent_of_bad_files_are_too_many(tmp_path, good, bad):
+@pytest.mark.parametrize("good, unreadable", [(19, 1), (0, 1), (5, 5)])
+def test_five_percent_of_unreadable_files_are_too_many(tmp_path, good, unreadable):
     with pytest.raises(ddpm.UserError, match="5 %"):
-        load(folder_with_bad(tmp_path / "many", good, bad))
+        load(folder_with_unreadable(tmp_path / "many", good, unreadable))
 
 
-def test_a_truncated_picture_is_bad_not_half_grey(tmp_path):
-    root = folder_with_bad(tmp_path / "cut", 30, 0)
+def test_a_truncated_image_is_unreadable_not_half_grey(tmp_path):
+    root = folder_with_unreadable(tmp_path / "cut", 30, 0)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     Image.fromarray(noise).save(root / "whole.png")
     (root / "cut.png").write_bytes((root / "whole.png").read_bytes()[:6000])
-    assert load(root).bad == 1
+    assert load(root).num_unreadable == 1
 
 
 def test_a_decompression_bomb_is_refused(tmp_path):
-    root = folder_with_bad(tmp_path / "bomb", 30, 0)
+    root = folder_with_unreadable(tmp_path / "bomb", 30, 0)
     Image.new("1", (30_000, 30_000)).save(root / "bomb.png")
-    assert load(root).bad == 1
+    assert load(root).num_unreadable == 1
 
 
-# ---- the memory-mapped cache
+# ---- the cache of decoded images
 
 
-@pytest.fixture
-def to_disk(monkeypatch):
-    monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
+def test_the_cache_holds_what_the_files_do(pictures, tmp_path):
+    first, second = [load(pictures, download_dir=str(tmp_path)) for _ in range(2)]
+    assert len(list(tmp_path.rglob("*.npy"))) == 1
+    names = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.png"))
+    for row, name in enumerate(names):
+        with Image.open(pictures / name) as image:
+            expected = ddpm.decode(image, 16, 3)
+        assert np.array_equal(first.pixels[row].numpy(), expected), name
+    assert torch.equal(first.pixels, second.pixels) and torch.equal(first.labels, second.labels)
+    for a, b in zip(first.batch(3, 8), second.batch(3, 8)):
+        assert torch.equal(a, b)
 
 
-def test_the_cache_on_disk_holds_what_memory_would(pictures, tmp_path, monkeypatch):
-    plain = load(pictures, download_dir=str(tmp_path))
-    assert not list(tmp_path.iterdir()), "a small set writes nothing"
-    monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
-    cached = [load(pictures, download_dir=str(tmp_path)) for _ in range(2)]
-    for images in cached:
-        assert torch.equal(images.pixels, plain.pixels) and torch.equal(images.labels, plain.labels)
-        for a, b in zip(images.batch(3, 8), plain.batch(3, 8)):
-            assert torch.equal(a, b)
+def test_the_cache_is_a_file_and_its_errors_in_download_dir(tmp_path):
+    """However few images there are; what is learned is what is in it."""
+    root = folder_with_unreadable(tmp_path / "few", 25, 1)
+    images = load(root, download_dir=str(tmp_path / "d"))
+    files = sorted((tmp_path / "d").rglob("*.*"))
+    assert [path.suffix for path in files] == [".json", ".npy"]
+    assert {path.parent for path in files} == {tmp_path / "d" / "decoded"}
+    pixels, unreadable = ddpm.read_cache(files[1])
+    assert np.array_equal(pixels, images.pixels.numpy()) and np.array_equal(pixels, np.load(files[1]))
+    assert list(unreadable) == [0] and "UnidentifiedImageError" in unreadable[0]
+    assert not set(images.train) & {0} and len(images.train) == 25
 
 
-def test_the_second_start_decodes_nothing(pictures, tmp_path, to_disk, monkeypatch):
+def test_nothing_is_no_cache(tmp_path):
+    assert ddpm.read_cache(tmp_path / "gone.npy") is None
+
+
+@pytest.mark.parametrize("n", (0, 1, 20, -1, None))
+@pytest.mark.parametrize("suffix", (".npy", ".json"))
+def test_a_damaged_cache_is_decoded_anew(tmp_path, suffix, n):
+    """Cut to its first n bytes (-1: all but the last), or gone."""
+    root = folder_with_unreadable(tmp_path / "few", 25, 1)
+    before = load(root, download_dir=str(tmp_path / "d"))
+    expected, [path] = before.pixels.clone(), (tmp_path / "d").rglob("*" + suffix)
+    whole = path.read_bytes()
+    path.unlink()
+    if n is not None:
+        path.write_bytes(whole[:n])
+    after = load(root, download_dir=str(tmp_path / "d"))
+    assert torch.equal(after.pixels, expected) and after.num_unreadable == 1
+    assert path.read_bytes() == whole
+
+
+def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
     load(pictures, download_dir=str(tmp_path))
-    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
     assert len(load(pictures, download_dir=str(tmp_path)).train) == 24
 
 
-def test_the_cache_remembers_what_was_bad(tmp_path, to_disk):
-    root = folder_with_bad(tmp_path / "few", 25, 1)
-    assert [load(root).bad for _ in range(2)] == [1, 1]
+def test_the_cache_remembers_what_was_unreadable(tmp_path):
+    root = folder_with_unreadable(tmp_path / "few", 25, 1)
+    assert [load(root).num_unreadable for _ in range(2)] == [1, 1]
 
 
 @pytest.mark.parametrize("change", ("pixels", "new", "gone", "size", "max_images"))
-def test_whatever_changes_makes_a_new_cache(pictures, tmp_path, to_disk, change):
+def test_whatever_changes_makes_a_new_cache(pictures, tmp_path, change):
     root = tmp_path / "mine"
     shutil.copytree(pictures, root)
     before, more, victim = load(root).pixels.clone(), {}, root / "disc" / "0.png"
@@ -340,7 +370,7 @@ def test_whatever_changes_makes_a_new_cache(pictures, tmp_path, to_disk, change)
     assert torch.equal(after, fresh)
 
 
-def test_the_pictures_in_a_cache_file_cannot_be_written_to_by_accident(pictures, tmp_path, to_disk):
+def test_the_pixels_in_a_cache_file_cannot_be_written_to_by_accident(pictures, tmp_path):
     images = load(pictures, download_dir=str(tmp_path))
     original = images.pixels.clone()
     images.pixels.zero_()
@@ -348,7 +378,6 @@ def test_the_pictures_in_a_cache_file_cannot_be_written_to_by_accident(pictures,
 
 
 def decode_in_a_process(path, download_dir, start, results):
-    ddpm.IN_MEMORY = 0
     start.wait()
     results.put(ddpm.load_images(config(path, download_dir=download_dir)).pixels.numpy().tobytes())
 
@@ -374,7 +403,7 @@ def test_two_starts_at_once_are_both_right(pictures, tmp_path):
 # ---- batches
 
 
-def test_a_batch_is_a_pure_function_of_step_and_slice(pictures, tmp_path):
+def test_a_batch_is_a_pure_function_of_the_step(pictures, tmp_path):
     a, b = (load(pictures, download_dir=str(tmp_path)) for _ in range(2))
     for step in (5, 0, 11, 5):
         for x, y in zip(a.batch(step, 4), b.batch(step, 4)):
@@ -383,18 +412,18 @@ def test_a_batch_is_a_pure_function_of_step_and_slice(pictures, tmp_path):
     assert not torch.equal(a.batch(0, 4)[0], a.batch(1, 4)[0])
 
 
-@pytest.mark.parametrize("slices", (2, 3, 6))
-def test_the_slices_of_a_batch_together_are_the_batch(pictures, tmp_path, slices):
+@pytest.mark.parametrize("num_micro_batches", (2, 3, 6))
+def test_the_micro_batches_of_a_batch_together_are_the_batch(pictures, tmp_path, num_micro_batches):
     images = load(pictures, download_dir=str(tmp_path))
     for step in (0, 2, 5, 9):  # some across the end of an epoch
         whole = images.batch(step, 18)
-        parts = [images.batch(step, 18, i, slices) for i in range(slices)]
+        parts = [images.batch(step, 18, i, num_micro_batches) for i in range(num_micro_batches)]
         for a, b in zip(whole, zip(*parts)):
             assert torch.equal(a, torch.cat(b))
 
 
 @pytest.mark.parametrize("batch_size", (1, 5, 7, 24, 40))
-def test_an_epoch_shows_each_picture_once_whatever_the_batch(pictures, tmp_path, batch_size):
+def test_an_epoch_shows_each_image_once_whatever_the_batch(pictures, tmp_path, batch_size):
     images = load(pictures, download_dir=str(tmp_path))
     seen = torch.cat([images.batch(step, batch_size)[0] for step in range(96 // batch_size + 1)])[:96]
     epochs = seen.flatten(1).reshape(4, 24, -1)
@@ -403,7 +432,7 @@ def test_an_epoch_shows_each_picture_once_whatever_the_batch(pictures, tmp_path,
     assert not torch.equal(epochs[0], epochs[1]), "each epoch has an order of its own"
 
 
-def test_labels_go_with_their_pictures(pictures, tmp_path):
+def test_labels_stay_with_their_images(pictures, tmp_path):
     images = load(pictures, download_dir=str(tmp_path))
     for step in range(6):
         for x, label in zip(*images.batch(step, 4)):
@@ -411,18 +440,18 @@ def test_labels_go_with_their_pictures(pictures, tmp_path):
             assert label == row // 8
 
 
-def test_pictures_are_in_the_range_of_the_network(pictures, tmp_path):
+def test_images_are_in_the_range_of_the_network(pictures, tmp_path):
     x, _ = load(pictures, download_dir=str(tmp_path)).batch(0, 24)
     assert x.dtype == torch.float32 and -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
 
 
-def test_one_picture_is_enough(tmp_path):
+def test_one_image_is_enough(tmp_path):
     flat("RGB", "red").save(tmp_path / "p.png")
     x, y = load(tmp_path).batch(7, 5)
     assert x.shape == (5, 3, 16, 16) and y.tolist() == [-1] * 5
 
 
-def test_mirroring_is_drawn_for_each_picture_by_torchs_generator(pictures, tmp_path):
+def test_mirroring_is_decided_for_each_image_by_torchs_generator(pictures, tmp_path):
     plain = load(pictures, download_dir=str(tmp_path)).batch(0, 24)[0]
     images, mirrored = load(pictures, download_dir=str(tmp_path), hflip=True), 0
     for seed in range(20):
@@ -438,21 +467,21 @@ def test_mirroring_is_drawn_for_each_picture_by_torchs_generator(pictures, tmp_p
     assert abs(mirrored - 0.5) < 0.1
 
 
-def test_the_holdout_is_kept_out_and_stays_the_same(pictures, tmp_path):
+def test_the_validation_images_are_kept_out_and_stays_the_same(pictures, tmp_path):
     first, again, other = (
         load(pictures, download_dir=str(tmp_path), holdout=0.25, seed=s) for s in (0, 0, 1)
     )
-    assert len(first.held_out) == 6 and len(first.train) == 18
-    assert not set(first.held_out) & set(first.train) and len({*first.held_out, *first.train}) == 24
-    np.testing.assert_array_equal(first.held_out, again.held_out)
-    assert set(first.held_out) != set(other.held_out)
+    assert len(first.validation) == 6 and len(first.train) == 18
+    assert not set(first.validation) & set(first.train) and len({*first.validation, *first.train}) == 24
+    np.testing.assert_array_equal(first.validation, again.validation)
+    assert set(first.validation) != set(other.validation)
     shown = torch.cat([first.batch(s, 6)[0] for s in range(3)])
-    for row in first.held_out:
+    for row in first.validation:
         assert not (shown == ddpm.to_network(first.pixels[row])).flatten(1).all(1).any()
 
 
 @pytest.mark.parametrize("holdout", (0.01, 0.9))
-def test_a_holdout_that_leaves_nothing_is_told(tmp_path, holdout):
+def test_a_holdout_that_leaves_nothing_is_an_error(tmp_path, holdout):
     flat("RGB", "red").save(tmp_path / "p.png")
     with pytest.raises(ddpm.UserError, match="holdout"):
         load(tmp_path, holdout=holdout)
@@ -497,14 +526,14 @@ def test_fashion_mnist_is_read_bit_for_bit(tmp_path):
     raw = Path(os.environ["DDPM_TEST_DATA"], "FashionMNIST", "raw")
     shutil.copytree(raw, tmp_path / "FashionMNIST" / "raw")
     images = ddpm.load_images(ddpm.preset("fashion_mnist", download_dir=str(tmp_path), max_images=500))
-    assert images.pixels.shape == (500, 1, 32, 32) and len(images.classes) == 10
+    assert images.pixels.shape == (500, 1, 32, 32) and len(images.class_names) == 10
     values = np.frombuffer(gzip.open(raw / "train-images-idx3-ubyte.gz").read()[16:], np.uint8).reshape(
         -1, 28, 28
     )
     labels = np.frombuffer(gzip.open(raw / "train-labels-idx1-ubyte.gz").read()[8:], np.uint8)
     known = {v.tobytes(): label for v, label in zip(values, labels)}
-    for picture, label in zip(images.pixels[:, 0, 2:-2, 2:-2].numpy(), images.labels.tolist()):
-        assert known[picture.tobytes()] == label
+    for image, label in zip(images.pixels[:, 0, 2:-2, 2:-2].numpy(), images.labels.tolist()):
+        assert known[image.tobytes()] == label
 
 
 def test_importing_the_program_does_nothing_and_needs_no_scipy(tmp_path):

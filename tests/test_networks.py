@@ -1,8 +1,6 @@
 """The networks: UNet against diffusers' UNet2DModel with the same weights; shapes, labels, learning."""
 
 import copy
-import gc
-import weakref
 
 import diffusers
 import pytest
@@ -10,26 +8,27 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import randomise
+from torch.utils.flop_counter import FlopCounterMode
 
 import convert
 import ddpm
 
 
 @pytest.mark.parametrize(
-    "channels, width, mults, res_blocks, attention, groups",
+    "channels, base_channels, mults, res_blocks, attention, groups",
     [(3, 16, (1, 2, 2), 2, (1,), 4), (1, 8, (1, 2), 1, (0, 1), 2), (4, 32, (1, 2, 3), 1, (), 8)],
 )
 def test_unet_equals_diffusers_unet_with_the_same_weights(
-    channels, width, mults, res_blocks, attention, groups
+    channels, base_channels, mults, res_blocks, attention, groups
 ):
-    ours = randomise(ddpm.UNet(channels, width, mults, res_blocks, attention_stages=attention)).eval()
+    ours = randomise(ddpm.UNet(channels, base_channels, mults, res_blocks, attention_stages=attention)).eval()
     kinds = ["Attn" if i in attention else "" for i in range(len(mults))]
     theirs = diffusers.UNet2DModel(
         sample_size=16,
         in_channels=channels,
         out_channels=channels,
         layers_per_block=res_blocks,
-        block_out_channels=[width * m for m in mults],
+        block_out_channels=[base_channels * m for m in mults],
         down_block_types=[f"{k}DownBlock2D" for k in kinds],
         up_block_types=[f"{k}UpBlock2D" for k in kinds[::-1]],
         norm_num_groups=groups,
@@ -48,10 +47,10 @@ def test_unet_equals_diffusers_unet_with_the_same_weights(
 
 
 @pytest.mark.parametrize("side", [1, 2, 5])
-def test_doubling_is_nearest_neighbours_and_a_convolution(side):
-    double = ddpm.Upsample(6).double()
+def test_upsampling_is_nearest_neighbours_and_a_convolution(side):
+    upsample = ddpm.Upsample(6).double()
     x = torch.randn(2, 6, side, side, dtype=torch.float64)
-    torch.testing.assert_close(double(x), double.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+    torch.testing.assert_close(upsample(x), upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
 
 
 def test_the_cifar10_network_has_the_parameters_of_the_paper():
@@ -61,7 +60,7 @@ def test_the_cifar10_network_has_the_parameters_of_the_paper():
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
 
 
-def test_first_weights_are_those_of_the_papers_code():
+def test_weight_initialisation_is_that_of_the_papers_code():
     """Uniform, of variance 2 / (inputs + outputs); zero what ends a block, attention and the network. There
     q, k and v are a layer each."""
     model, zero = ddpm.build_model(ddpm.preset("cifar10"), 3, []), set()
@@ -79,57 +78,62 @@ def test_first_weights_are_those_of_the_papers_code():
     assert zero == {"conv2", "out", "conv_out"}
 
 
+def multiply_adds(model):
+    """Of one more image in the forward pass."""
+    costs = []
+    for n in (2, 3):
+        x = torch.zeros(n, 3, model.image_size, model.image_size)
+        with FlopCounterMode(display=False) as counter:
+            model(x, torch.zeros(n, dtype=torch.int64))
+        costs.append(counter.get_total_flops() // 2)
+    return costs[1] - costs[0]
+
+
+def saved_bytes(model, x):
+    """Of the activations that a forward pass of x saves for the backward pass."""
+    saved = {}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(x, torch.tensor([3, 9]))
+    return sum(saved.values()), out
+
+
 def test_multiply_adds_are_those_published():
-    """12.44 GFLOP a picture for the paper's network, that is 6.22 G multiply-adds; by hand for one layer.
-    Ours saves five ninths of what the three convolutions after a doubling take, to 8, 16 and 32 pixels."""
+    """12.44 GFLOP per image for the paper's network, that is 6.22 G multiply-adds; by hand for one layer.
+    Ours saves five ninths of what the three convolutions after upsampling take, to 8, 16 and 32 pixels."""
     model = ddpm.build_model(ddpm.preset("cifar10"), 3, [])
     saved = 5 * 256 * 256 * (8**2 + 16**2 + 32**2)
-    assert round((ddpm.measure(model, torch.device("cpu"), "fp32")[0] + saved) / 1e9, 2) == 6.22
+    assert round((multiply_adds(model) + saved) / 1e9, 2) == 6.22
     model = ddpm.build_model(ddpm.preset("animals_cnn"), 3, [])
     model.forward = lambda x, t: model.conv_in(x)
-    assert ddpm.measure(model, torch.device("cpu"), "fp32")[0] == 3 * 32 * 9 * 64 * 64
+    assert multiply_adds(model) == 3 * 32 * 9 * 64 * 64
 
 
-def test_bytes_kept_are_those_of_a_layer():
-    """A convolution keeps its input, SiLU its input: 3 and 32 planes of 64x64 floats a picture."""
-    model = ddpm.build_model(ddpm.preset("animals_cnn"), 3, [])
-    model.forward = lambda x, t: F.silu(model.conv_in(x))
-    assert ddpm.measure(model, torch.device("cpu"), "fp32")[1] == (3 + 32) * 64 * 64 * 4
-
-
-def test_measuring_leaves_nothing_behind():
-    """A node that keeps its own output, as a sigmoid does, must not be kept by it."""
-    model, graphs = ddpm.build_model(ddpm.preset("animals_cnn"), 3, []), []
-
-    class Probe(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            graphs.append(weakref.ref(ctx))
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return gradient
-
-    model.forward = lambda x, t: Probe.apply(model.conv_in(x)).sigmoid()
-    ddpm.measure(model, torch.device("cpu"), "fp32")
-    gc.collect()
-    assert len(graphs) == 2 and not any(graph() for graph in graphs)
-
-
-def test_recomputing_changes_no_gradient():
-    """Dropout draws the same numbers when a stage is computed again; less is kept for going back."""
-    gradients, kept = [], []
-    for again in (False, True):
+def test_checkpointing_changes_no_gradient():
+    """Dropout draws the same numbers when a block is recomputed; fewer activations are saved."""
+    gradients, saved = [], []
+    for checkpointing in (False, True):
         torch.manual_seed(0)
         model = randomise(ddpm.UNet(3, 8, (1, 2), 2, attention_stages=(1,), dropout=0.5), scale=0.1).train()
-        model.recompute, model.channels, model.image_size = again, 3, 16
-        kept.append(ddpm.measure(model, torch.device("cpu"), "fp32")[1])
+        model.checkpointing = checkpointing
         torch.manual_seed(1)
-        model(torch.randn(2, 3, 16, 16), torch.tensor([3, 9])).square().mean().backward()
+        size, out = saved_bytes(model, torch.randn(2, 3, 16, 16))
+        saved.append(size)
+        out.square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert kept[1] < kept[0] / 2
+    assert saved[1] < saved[0] / 2
+
+
+def test_checkpointing_comes_from_the_config():
+    assert ddpm.build_model(ddpm.preset("animals", checkpointing=True), 3, []).checkpointing
+    assert not ddpm.build_model(ddpm.preset("animals"), 3, []).checkpointing
+    with pytest.raises(ddpm.UserError, match="--checkpointing has no effect on --arch simple"):
+        ddpm.check(ddpm.preset("animals_cnn", checkpointing=True))
 
 
 UNETS = [name for name in ddpm.PRESETS if ddpm.preset(name).arch == "unet"]
@@ -137,7 +141,7 @@ UNETS = [name for name in ddpm.PRESETS if ddpm.preset(name).arch == "unet"]
 
 @pytest.mark.parametrize("name", UNETS)
 def test_the_unet_of_a_preset_has_as_many_parameters_as_diffusers_would(name):
-    """Pixels that are folded are more channels to diffusers; the label table is ours alone."""
+    """Space-to-depth makes more channels to diffusers; the label table is ours alone."""
     c, labels = ddpm.preset(name), ["a", "b", "c"]
     ours = ddpm.build_model(c, 3, labels)
     widths = [c.channels * m for m in c.channel_mults]
@@ -160,7 +164,7 @@ def test_the_unet_of_a_preset_has_as_many_parameters_as_diffusers_would(name):
 
 
 def embedding_size(channels, width, outputs):
-    """Weights of the time MLP, and of the layer that gives each block its share of the embedding."""
+    """Weights of the time MLP, and of the layer that projects the embedding for each block."""
     return (channels + 1) * width + (width + 1) * width + sum((width + 1) * c for c in outputs)
 
 
@@ -200,13 +204,13 @@ def test_the_pretrained_encoder_is_torchvisions_and_grey_is_three_equal_colours(
     assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1] * 2
     assert torch.equal(colour.encoder[4][1].conv2.weight, given.layer4[1].conv2.weight)
     x = torch.randn(2, 1, 32, 32)
-    for model, picture in ((colour, x.repeat(1, 3, 1, 1)), (grey, x)):
+    for model, image in ((colour, x.repeat(1, 3, 1, 1)), (grey, x)):
         torch.testing.assert_close(
-            model.encoder[0][0](picture), given.conv1(x.repeat(1, 3, 1, 1)), atol=1e-5, rtol=1e-4
+            model.encoder[0][0](image), given.conv1(x.repeat(1, 3, 1, 1)), atol=1e-5, rtol=1e-4
         )
 
 
-def test_pretrained_weights_that_cannot_be_had_are_told(monkeypatch):
+def test_pretrained_weights_that_cannot_be_had_are_an_error(monkeypatch):
     def offline(weights):
         raise OSError("no network")
 
@@ -218,20 +222,20 @@ def test_pretrained_weights_that_cannot_be_had_are_told(monkeypatch):
 # ---- all three
 
 
-def unet(channels=3, classes=0, **more):
-    return ddpm.UNet(channels, 8, (1, 2), 1, attention_stages=(1,), classes=classes, **more)
+def unet(channels=3, num_classes=0, **more):
+    return ddpm.UNet(channels, 8, (1, 2), 1, attention_stages=(1,), num_classes=num_classes, **more)
 
 
-def linear_unet(channels=3, classes=0):
-    return unet(channels, classes, attention="linear")
+def linear_unet(channels=3, num_classes=0):
+    return unet(channels, num_classes, attention="linear")
 
 
-def patch_unet(channels=3, classes=0):
-    return unet(channels, classes, patch=2)
+def patch_unet(channels=3, num_classes=0):
+    return unet(channels, num_classes, patch=2)
 
 
-def simple(channels=3, classes=0):
-    return ddpm.SimpleUNet(channels, 8, classes)
+def simple(channels=3, num_classes=0):
+    return ddpm.SimpleUNet(channels, 8, num_classes)
 
 
 NETWORKS = [unet, linear_unet, patch_unet, simple, ddpm.ResNetUNet]
@@ -240,13 +244,13 @@ every_network = pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.
 
 def build(make, channels=3, classes=0):
     torch.manual_seed(0)
-    return make(channels, classes=classes)
+    return make(channels, num_classes=classes)
 
 
 @every_network
 @pytest.mark.parametrize("classes", (0, 1, 2, 7))
 @pytest.mark.parametrize("channels", (1, 3))
-def test_the_output_has_the_shape_of_the_picture(make, channels, classes):
+def test_the_output_has_the_shape_of_the_image(make, channels, classes):
     model, x = build(make, channels, classes).eval(), torch.randn(2, channels, 32, 32)
     with torch.no_grad():
         assert model(x, torch.tensor([0, 999])).shape == x.shape
@@ -255,7 +259,7 @@ def test_the_output_has_the_shape_of_the_picture(make, channels, classes):
 
 
 @pytest.mark.parametrize("make", (unet, simple), ids=lambda make: make.__name__)
-def test_pictures_need_not_be_square(make):
+def test_images_need_not_be_square(make):
     assert build(make)(torch.randn(1, 3, 32, 16), torch.tensor([5])).shape == (1, 3, 32, 16)
 
 
@@ -274,7 +278,7 @@ def test_labels_matter_and_no_label_is_minus_one(make):
 
 
 @every_network
-def test_each_picture_of_a_batch_is_computed_by_itself(make):
+def test_each_image_of_a_batch_is_computed_by_itself(make):
     model, x = randomise(build(make, classes=2), scale=0.05).eval(), torch.randn(3, 3, 32, 32)
     t, y = torch.tensor([0, 400, 999]), torch.tensor([1, -1, 0])
     with torch.no_grad():
@@ -317,7 +321,7 @@ def test_bf16_is_fp32_within_its_rounding(make):
 
 
 @pytest.mark.parametrize("channels", (4, 6, 8, 12, 28, 36, 100, 128))
-def test_any_even_width_makes_a_network(channels):
+def test_any_even_number_of_channels_makes_a_network(channels):
     x = torch.randn(1, 3, 16, 16)
     assert ddpm.UNet(3, channels, (1, 2, 3), 1)(x, torch.tensor([5])).shape == x.shape
 
@@ -327,13 +331,13 @@ def test_any_even_width_makes_a_network(channels):
     [(unet, 200), (linear_unet, 200), (simple, 200), (ddpm.ResNetUNet, 60)],
     ids=["unet", "linear", "simple", "resnet"],
 )
-def test_four_pictures_are_learned_by_heart(make, steps):
+def test_four_images_are_memorised(make, steps):
     """Which one is told by timestep and label alone, and half of the input has to come through: one deaf
-    to either misses by 0.5 (the spread of two pictures), one without connections past the bottom by 0.25."""
+    to either misses by 0.5 (the spread of two images), one without connections past the bottom by 0.25."""
     model, size = build(make, 1, 2).train(), 32 if make is ddpm.ResNetUNet else 16
-    pictures = torch.rand(4, 1, 4, 4).round() * 2 - 1
+    images = torch.rand(4, 1, 4, 4).round() * 2 - 1
     x = torch.randn(1, 1, size, size).expand(4, -1, -1, -1)
-    target = F.interpolate(pictures, size=size) + 0.5 * x
+    target = F.interpolate(images, size=size) + 0.5 * x
     t, y = torch.tensor([100, 100, 900, 900]), torch.tensor([0, 1, 0, 1])
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(steps):

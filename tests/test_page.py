@@ -107,7 +107,7 @@ def set_steps(page, key):
     page.get_by_role("slider").first.press(key)
 
 
-def draw(page):
+def generate(page):
     submit(page).click()
     page.get_by_text("All as a ZIP").wait_for()
     settle(page)
@@ -119,8 +119,8 @@ def download(page, label):
     return waiting.value.path().read_bytes()
 
 
-def pictures(page):
-    """The pictures in the ZIP, uint8 (H, W, C) each."""
+def images(page):
+    """The images in the ZIP, uint8 (H, W, C) each."""
     with zipfile.ZipFile(io.BytesIO(download(page, "All as a ZIP"))) as archive:
         return [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist()]
 
@@ -136,7 +136,7 @@ def equal(a, b):
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
 
 
-def test_drawing_shows_its_progress_and_eight_pictures_to_take_along(visit, project):
+def test_sampling_shows_its_progress_and_eight_images_to_download(visit, project):
     page = visit()
     set_steps(page, "End")  # 50
     page.evaluate("""() => {
@@ -145,7 +145,7 @@ def test_drawing_shows_its_progress_and_eight_pictures_to_take_along(visit, proj
             for (const e of document.querySelectorAll('[data-testid=stProgress]')) seen.add(e.innerText);
         }).observe(document.body, {subtree: true, childList: true, characterData: true});
     }""")
-    draw(page)
+    generate(page)
     seen = page.evaluate("[...seen]")
     steps = [int(text.split()[1]) for text in seen if text.startswith("Step ")]
     assert len(steps) > 3 and steps == sorted(steps) and steps[-1] <= 50  # the bar moves, and forwards
@@ -153,12 +153,12 @@ def test_drawing_shows_its_progress_and_eight_pictures_to_take_along(visit, proj
     shown = page.locator("[data-testid=stImage] img")
     shown = [shown.nth(i) for i in range(shown.count()) if shown.nth(i).is_visible()]
     assert len(shown) == 8
-    for picture in shown:
-        pixels = np.asarray(Image.open(io.BytesIO(picture.screenshot())).convert("RGB"))
-        assert pixels.shape[0] >= 140 and pixels.std() > 5, "a blank picture"
+    for image in shown:
+        pixels = np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB"))
+        assert pixels.shape[0] >= 140 and pixels.std() > 5, "a blank image"
 
     expected = command_line(project, sampling_steps=50, gif=True)
-    assert equal(pictures(page), expected)
+    assert equal(images(page), expected)
     third = np.asarray(Image.open(io.BytesIO(download(page, "3 stripes"))))
     assert np.array_equal(third, expected[2])
     gif = download(page, "Animation as a GIF")
@@ -172,7 +172,7 @@ def test_drawing_shows_its_progress_and_eight_pictures_to_take_along(visit, proj
     assert shown[0].bounding_box()["width"] > 2 * before  # a click enlarges
 
 
-def test_another_model_can_be_chosen_and_a_long_drawing_be_stopped(visit):
+def test_another_model_can_be_chosen_and_a_long_sampling_be_stopped(visit):
     page = visit()
     page.get_by_role("combobox", name="Model").click()
     page.get_by_role("option", name="animals.pt: animal_data, 64x64, 5 classes").click()
@@ -186,9 +186,9 @@ def test_another_model_can_be_chosen_and_a_long_drawing_be_stopped(visit):
     settle(page)
     assert not page.get_by_text("of 1000").count() and not page.get_by_text("All as a ZIP").count()
     set_steps(page, "Home")  # 5
-    draw(page)  # and all is well afterwards
-    drawn = pictures(page)
-    assert len(drawn) == 8 and all(p.shape == (64, 64, 3) and p.std() > 20 for p in drawn)
+    generate(page)  # and all is well afterwards
+    sampled = images(page)
+    assert len(sampled) == 8 and all(p.shape == (64, 64, 3) and p.std() > 20 for p in sampled)
     assert page.get_by_role("button", name="8 elephant", exact=True).count()
 
 
@@ -202,7 +202,7 @@ def test_two_browsers_at_once_each_get_their_own(visit, project):
     for seed, page in enumerate(pages, 1):
         page.get_by_text("All as a ZIP").wait_for()
         settle(page)
-        assert equal(pictures(page), command_line(project, sampling_steps=50, seed=seed))
+        assert equal(images(page), command_line(project, sampling_steps=50, seed=seed))
 
 
 def test_the_keyboard_is_enough(visit):
@@ -229,7 +229,7 @@ def test_the_keyboard_is_enough(visit):
 def test_bad_and_huge_uploads_get_a_sentence(visit, project):
     page = visit("Edit")
     field = page.locator("input[type=file]")
-    field.set_input_files(dict(name="broken.png", mimeType="image/png", buffer=b"no picture"))
+    field.set_input_files(dict(name="broken.png", mimeType="image/png", buffer=b"no image"))
     page.get_by_text("broken.png cannot be read (UnidentifiedImageError").wait_for()
     page = visit("Edit")
     field = page.locator("input[type=file]")
@@ -243,7 +243,7 @@ def test_bad_and_huge_uploads_get_a_sentence(visit, project):
 def test_a_phone_shows_it_without_scrolling_sideways(visit, section):
     page = visit(section, viewport=dict(width=360, height=740))
     if section == "Generate":
-        draw(page)
+        generate(page)
     page.wait_for_timeout(500)
     wide = """() => [...document.querySelectorAll('*')].filter(e => e.scrollWidth > e.clientWidth + 1
         && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)).map(e => e.className)"""
@@ -282,7 +282,7 @@ def test_a_run_is_followed_without_a_click(visit, project):
     page = visit("Watch a run")
     page.get_by_text("Step 40, 20%").wait_for()
     page.locator("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg").first.wait_for()
-    assert page.get_by_role("img", name="Drawn from the same noise each time").count()
+    assert page.get_by_role("img", name="Sampled from the same noise each time").count()
     with open(live, "a") as f:
         f.write(json.dumps(last | dict(step=100, seconds=last["seconds"] + 60)) + "\n")
     page.get_by_text("Step 100, 50%: 2 min left").wait_for(timeout=15_000)

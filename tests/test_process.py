@@ -17,7 +17,7 @@ def make(predict="eps", T=100, kind="linear", **more):
     return ddpm.Diffusion(ddpm.make_betas(kind, T), predict, **more)
 
 
-def pictures(n=4, seed=0):
+def images_and_noise(n=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1, torch.randn(n, 3, 8, 8, generator=generator)
 
@@ -100,7 +100,7 @@ def test_abar_has_one_trailing_one():
 
 def test_q_sample_is_equation_4():
     """Ho et al. 2020, eq. 4, with abar multiplied up here."""
-    x0, eps = pictures()
+    x0, eps = images_and_noise()
     t, betas = torch.tensor([0, 1, 50, 99]), np.linspace(1e-3, 0.2, 100)
     abar = np.array([np.prod(1 - betas[: i + 1]) for i in t.tolist()]).reshape(4, 1, 1, 1)
     expected = np.sqrt(abar) * x0.numpy() + np.sqrt(1 - abar) * eps.numpy()
@@ -117,7 +117,7 @@ def target(predict, x0, eps, t, abar):
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_predict_x0_undoes_q_sample(predict, kind):
-    d, (x0, eps) = make(predict, kind=kind), pictures()
+    d, (x0, eps) = make(predict, kind=kind), images_and_noise()
     t = torch.tensor([0, 10, 50, 90])
     back = d.predict_x0(target(predict, x0, eps, t, d.abar), d.q_sample(x0, t, eps), t)
     torch.testing.assert_close(back, x0, atol=2e-4, rtol=0)
@@ -125,7 +125,7 @@ def test_predict_x0_undoes_q_sample(predict, kind):
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_the_loss_of_a_perfect_network_is_zero_at_every_timestep(predict):
-    d, (x0, eps) = make(predict, T=100), pictures(100)
+    d, (x0, eps) = make(predict, T=100), images_and_noise(100)
     t = torch.arange(100)
     losses = d.loss(lambda xt, t, y: target(predict, x0, eps, t, d.abar), x0, t, eps)
     assert losses.shape == (100,) and losses.dtype == torch.float32
@@ -134,9 +134,9 @@ def test_the_loss_of_a_perfect_network_is_zero_at_every_timestep(predict):
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 @pytest.mark.parametrize("loss", ("l2", "l1", "huber"))
-def test_the_loss_is_one_mean_distance_a_picture(loss, predict):
+def test_the_loss_is_one_mean_per_image(loss, predict):
     """Huber's loss is d^2 / 2 up to 1 and d - 1/2 beyond."""
-    d, (x0, eps) = make(predict, loss=loss), pictures()
+    d, (x0, eps) = make(predict, loss=loss), images_and_noise()
     t = torch.tensor([0, 3, 60, 99])
     said = torch.full_like(x0, 0.3)
     gap = (said - target(predict, x0, eps, t, d.abar)).abs().double()
@@ -145,8 +145,8 @@ def test_the_loss_is_one_mean_distance_a_picture(loss, predict):
     torch.testing.assert_close(losses.double(), by_hand.flatten(1).mean(1), rtol=1e-5, atol=1e-7)
 
 
-def test_the_loss_shows_the_network_the_noised_picture_its_time_and_its_label():
-    d, (x0, eps), seen = make(), pictures(), []
+def test_the_loss_shows_the_network_the_noised_image_its_timestep_and_its_label():
+    d, (x0, eps), seen = make(), images_and_noise(), []
     t, y = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 1, 2, -1])
 
     def network(*given):
@@ -162,7 +162,7 @@ def test_the_loss_shows_the_network_the_noised_picture_its_time_and_its_label():
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_min_snr_weights(predict):
     """Hang et al. 2023, section 3.4: min(snr, 5) for x0, over snr for eps, over snr + 1 for v."""
-    d, plain, (x0, eps) = make(predict, min_snr=5.0), make(predict), pictures(100)
+    d, plain, (x0, eps) = make(predict, min_snr=5.0), make(predict), images_and_noise(100)
     t = torch.arange(100)
 
     def losses(diffusion):
@@ -174,7 +174,7 @@ def test_min_snr_weights(predict):
     torch.testing.assert_close(losses(d), losses(plain) * weight, rtol=1e-5, atol=0)
 
 
-# ---- the way back
+# ---- the reverse process
 
 
 def posterior(betas, t, xt, x0):
@@ -186,14 +186,55 @@ def posterior(betas, t, xt, x0):
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_posterior_at_eta_1_is_equation_7_of_ho_et_al(kind):
+    betas, (x0, xt) = ddpm.make_betas(kind, 100), (v.double() for v in images_and_noise())
+    d = ddpm.Diffusion(betas)
+    for t in (0, 1, 2, 50, 98, 99):
+        expected, variance = posterior(betas.numpy(), t, xt.numpy(), x0.numpy())
+        for eta in ((), (1.0,)):  # which is the default
+            mean, std = d.posterior(xt, x0, t, t - 1, *eta)
+            np.testing.assert_allclose(mean.numpy(), expected, rtol=1e-7, atol=1e-9)
+            assert std**2 == pytest.approx(variance, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_posterior_over_several_timesteps_is_the_product_of_two_gaussians(kind):
+    """q(x_u | x_t, x_0) is q(x_u | x_0) q(x_t | x_u), normalised: precisions add, and weigh the means."""
+    betas, (x0, xt) = ddpm.make_betas(kind, 100), (v.double() for v in images_and_noise())
+    d, alphas = ddpm.Diffusion(betas), 1 - betas.numpy()
+    for t, u in ((99, 98), (99, 0), (50, 7), (7, 5), (1, 0)):
+        au, ratio = np.prod(alphas[: u + 1]), np.prod(alphas[u + 1 : t + 1])  # of q(x_u | x_0), q(x_t | x_u)
+        precision = 1 / (1 - au) + ratio / (1 - ratio)
+        expected = (np.sqrt(au) * x0 / (1 - au) + np.sqrt(ratio) * xt / (1 - ratio)) / precision
+        mean, std = d.posterior(xt, x0, t, u)
+        torch.testing.assert_close(mean, expected, rtol=1e-7, atol=1e-9)
+        assert std**2 == pytest.approx(1 / precision, rel=1e-6)
+        assert d.forward_std(t, u) ** 2 == pytest.approx(1 - ratio, rel=1e-6)
+
+
+@pytest.mark.parametrize("eta", (0.0, 0.3, 0.7, 1.0))
+def test_the_posterior_of_any_eta_keeps_the_marginal(eta):
+    """Song et al. 2021, lemma 1: over x_t ~ q(x_t | x_0), x_u has the mean and variance of q(x_u | x_0)."""
+    d, (x0, _) = make(), (v.double() for v in images_and_noise())
+    for t, u in ((99, 98), (99, 0), (50, 7), (1, 0), (50, -1)):
+        at, au = d.abar[t], d.abar[u]
+        mean, std = d.posterior(at.sqrt() * x0, x0, t, u, eta)
+        torch.testing.assert_close(mean, au.sqrt() * x0, rtol=1e-9, atol=1e-9)
+        slope = d.posterior(at.sqrt() * x0 + 1, x0, t, u, eta)[0] - mean  # of the mean in x_t
+        torch.testing.assert_close(
+            slope**2 * (1 - at) + std**2, torch.ones_like(x0) * (1 - au), rtol=1e-7, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_step_with_eta_1_is_the_posterior_of_ho_et_al(kind):
-    betas, (x0, xt) = ddpm.make_betas(kind, 100), (v.double() for v in pictures())
+    betas, (x0, xt) = ddpm.make_betas(kind, 100), (v.double() for v in images_and_noise())
     d = ddpm.Diffusion(betas)
     for t in (0, 1, 2, 50, 98, 99):
         mean, variance = posterior(betas.numpy(), t, xt.numpy(), x0.numpy())
         np.testing.assert_allclose(d.step(xt, x0, t, t - 1, eta=1.0).numpy(), mean, rtol=1e-7, atol=1e-9)
         assert d.posterior_std(t, t - 1) == pytest.approx(math.sqrt(variance), rel=1e-6, abs=1e-12)
-        assert d.posterior_std(t, t - 1, large=True) == pytest.approx(math.sqrt(betas[t]), rel=1e-9)
+        assert d.forward_std(t, t - 1) == pytest.approx(math.sqrt(betas[t]), rel=1e-9)
         noisy = d.step(xt, x0, t, t - 1, eta=1.0, noise=torch.ones_like(xt))
         np.testing.assert_allclose(noisy.numpy(), mean + math.sqrt(variance), rtol=1e-7, atol=1e-7)
 
@@ -201,7 +242,7 @@ def test_step_with_eta_1_is_the_posterior_of_ho_et_al(kind):
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_step_with_eta_0_keeps_the_noise_that_was_predicted(kind):
     """Song et al. 2021, eq. 12 with sigma = 0: from q_sample(x0, t, eps) to q_sample(x0, u, eps)."""
-    d, (x0, eps) = make(kind=kind), (v.double() for v in pictures())
+    d, (x0, eps) = make(kind=kind), (v.double() for v in images_and_noise())
     for t, u in ((99, 98), (99, 0), (50, 7), (1, 0), (5, -1), (0, -1)):
         at, au = d.abar[t], d.abar[u]
         x = d.step(at.sqrt() * x0 + (1 - at).sqrt() * eps, x0, t, u)
@@ -214,13 +255,13 @@ def test_posterior_std_is_zero_at_clean_data_and_finite_everywhere(kind, T):
     d = make(T=T, kind=kind)
     assert all(d.posterior_std(t, -1) == 0 for t in range(T))
     for u in range(T - 1):
-        assert 0 < d.posterior_std(T - 1, u) <= d.posterior_std(T - 1, u, large=True) < 1
-        assert 0 < d.posterior_std(u + 1, u) <= d.posterior_std(u + 1, u, large=True) < 1
+        assert 0 < d.posterior_std(T - 1, u) <= d.forward_std(T - 1, u) < 1
+        assert 0 < d.posterior_std(u + 1, u) <= d.forward_std(u + 1, u) < 1
 
 
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
-def test_step_to_clean_data_is_the_predicted_picture(eta):
-    d, (x0, xt) = make(), pictures()
+def test_step_to_clean_data_is_the_predicted_x0(eta):
+    d, (x0, xt) = make(), images_and_noise()
     for t in (0, 1, 99):
         torch.testing.assert_close(d.step(xt, x0, t, -1, eta, torch.randn_like(xt)), x0, rtol=1e-6, atol=1e-6)
 
@@ -238,26 +279,26 @@ def test_all_256_pixel_values_survive_the_round_trip():
     )
 
 
-def test_pictures_out_of_range_are_clipped_not_wrapped():
+def test_values_out_of_range_are_clipped_not_wrapped():
     assert ddpm.to_pixels(torch.tensor([-3.0, -1.01, 1.01, 7.0])).tolist() == [0, 0, 255, 255]
 
 
-def test_the_noise_of_a_picture_depends_on_neither_its_batch_nor_its_neighbours():
-    def draw(indices, seed=3):
-        noise = ddpm.PictureNoise(seed, indices, (3, 4, 4), "cpu")
+def test_the_noise_of_an_image_depends_on_neither_its_batch_nor_its_neighbours():
+    def two_calls(indices, seed=3):
+        noise = ddpm.ImageNoise(seed, indices, (3, 4, 4), "cpu")
         return torch.stack([noise(), noise()])
 
-    together = draw(range(5))
+    together = two_calls(range(5))
     assert together.shape == (2, 5, 3, 4, 4)
-    assert torch.equal(draw([2, 4]), together[:, [2, 4]])
-    different = torch.cat([together.flatten(0, 1), draw(range(5), seed=4).flatten(0, 1)]).flatten(1)
-    assert len(different.unique(dim=0)) == 20, "seeds, pictures and draws each have noise of their own"
-    assert abs(draw(range(200)).std().item() - 1) < 0.02
+    assert torch.equal(two_calls([2, 4]), together[:, [2, 4]])
+    different = torch.cat([together.flatten(0, 1), two_calls(range(5), seed=4).flatten(0, 1)]).flatten(1)
+    assert len(different.unique(dim=0)) == 20, "seeds, images and calls each have noise of their own"
+    assert abs(two_calls(range(200)).std().item() - 1) < 0.02
 
 
 def test_huber_is_half_the_square_near_zero():
     """PyTorch's huber_loss, which the recipe of fashion_mnist_annotated names, with delta 1."""
-    d, (x0, eps) = make(loss="huber"), pictures()
+    d, (x0, eps) = make(loss="huber"), images_and_noise()
     t = torch.tensor([9, 9, 9, 9])
     expected = F.huber_loss(torch.zeros_like(eps), eps, reduction="none").flatten(1).mean(1)
     torch.testing.assert_close(d.loss(lambda x, t, y: torch.zeros_like(x), x0, t, eps), expected)

@@ -85,7 +85,7 @@ def test_kill_nine_at_any_moment_loses_nothing(request, pictures, record_propert
         pictures,
     )
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        command = [sys.executable, str(HERE / "killer.py"), str(kills), "0", folder, *flags]
+        command = [sys.executable, str(HERE / "tools" / "killer.py"), str(kills), "0", folder, *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
     assert result.returncode == 0, result.stderr
@@ -361,7 +361,7 @@ def test_several_processes_stop_on_the_same_step(train, pictures, tmp_path, way)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     log = (tmp_path / "log").read_text()
-    assert log.count("and saved. To go on: --mode train --resume --model_path") == 1, log
+    assert log.count("and saved. To continue: --mode train --resume --model_path") == 1, log
     (last,) = steps(run)
     assert last % 10 == 0 and last >= 20, "the processes agree on every tenth step"
     assert train("--resume --grad_accum 2 --steps", last + 2) == 0 and steps(run)[-1] == last + 2
@@ -559,7 +559,7 @@ def test_names_of_classes_reach_no_terminal_in_training(train, tmp_path, capsys)
     assert train(data=tmp_path / "data") == 0
     out = capsys.readouterr().out
     assert r"\x1b[2J\x07 1" in out and r"two\nlines 1" in out and "ünï ☃ 1" in out and r"caf\udce9 1" in out
-    assert "\x1b" not in out and len(ddpm.load_model(tmp_path / "run" / "model.pt")[0].classes) == 4
+    assert "\x1b" not in out and len(ddpm.load_model(tmp_path / "run" / "model.pt")[0].class_names) == 4
     assert train("--resume --steps 3", data=tmp_path / "data") == 0
 
 

@@ -90,7 +90,7 @@ def test_order_of_convergence_on_even_steps_in_log_snr(name, least, most):
         ("dpm++", 50, 0.0),
     ],
 )
-def test_samples_have_the_mean_and_spread_of_the_data(name, steps, eta):
+def test_samples_have_the_mean_and_standard_deviation_of_the_data(name, steps, eta):
     d = ddpm.Diffusion(ddpm.make_betas("linear", 1000))
     x = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
@@ -109,9 +109,9 @@ def test_ddpm_adds_the_fixed_large_noise_on_all_steps_and_the_fixed_small_on_few
     def first(z):
         return next(ddpm.SAMPLERS["ddpm"](d, lambda x, t: x * 0, x, ts, lambda: torch.full_like(x, z)))[1]
 
-    expected = d.posterior_std(ts[0], ts[1], large)
-    assert (first(1.0) - first(0.0)).item() == pytest.approx(expected, rel=1e-9)
-    assert expected != d.posterior_std(ts[0], ts[1], not large)
+    stds = {True: d.forward_std(ts[0], ts[1]), False: d.posterior_std(ts[0], ts[1])}
+    assert (first(1.0) - first(0.0)).item() == pytest.approx(stds[large], rel=1e-9)
+    assert stds[True] != stds[False]
 
 
 # ---- diffusers: the values that its own tests publish, for its dummy model x * t / (t + 1)
@@ -171,7 +171,7 @@ def compare(name, theirs, diffusion, steps, clip=True, ours=(), **more):
     network = randomise(ddpm.UNet(3, 8, (1, 2), 1, attention_stages=()), scale=0.15).eval()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     our_noise, their_noise = torch.Generator().manual_seed(6), torch.Generator().manual_seed(6)
-    way = walk(
+    trajectory = walk(
         name,
         diffusion,
         ddpm.make_denoiser(network, diffusion, clip=clip),
@@ -181,7 +181,7 @@ def compare(name, theirs, diffusion, steps, clip=True, ours=(), **more):
         **dict(ours),
     )
     theirs.set_timesteps(steps)
-    for t, (our_t, our_x, _) in zip(theirs.timesteps, way, strict=True):
+    for t, (our_t, our_x, _) in zip(theirs.timesteps, trajectory, strict=True):
         with torch.no_grad():
             out = network(x, t.expand(2))
         x = theirs.step(out, t, x, generator=their_noise, **more).prev_sample
@@ -265,10 +265,10 @@ def test_every_sampler_stays_finite_and_in_range(name, predict, kind):
     denoise = ddpm.make_denoiser(lambda x, t, y: x * 3 + 1, d)
     start = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     for steps in STEPS:
-        way = walk(name, d, denoise, start, ddpm.spaced_timesteps(100, steps))
-        assert [t for t, _, _ in way] == ddpm.spaced_timesteps(100, steps)[:-1]
-        assert all(x.isfinite().all() and x0.isfinite().all() for _, x, x0 in way)
-        assert way[-1][1].abs().max() <= 1 + 1e-5, "the last picture is a predicted, clipped one"
+        trajectory = walk(name, d, denoise, start, ddpm.spaced_timesteps(100, steps))
+        assert [t for t, _, _ in trajectory] == ddpm.spaced_timesteps(100, steps)[:-1]
+        assert all(x.isfinite().all() and x0.isfinite().all() for _, x, x0 in trajectory)
+        assert trajectory[-1][1].abs().max() <= 1 + 1e-5, "the last image is a predicted, clipped one"
 
 
 @pytest.mark.parametrize("eta", (0.0, 1.0))
@@ -276,11 +276,11 @@ def test_every_sampler_stays_finite_and_in_range(name, predict, kind):
 @pytest.mark.parametrize("name", ddpm.SAMPLERS)
 def test_the_last_step_adds_no_noise(name, steps, eta):
     d, x = ddpm.Diffusion(ddpm.make_betas("linear", 100)), torch.zeros(1, dtype=torch.float64)
-    draws = []
+    calls = []
 
     def noise():
-        draws.append(1)
-        return torch.full_like(x, 1e6 if len(draws) == steps else 0.0)
+        calls.append(1)
+        return torch.full_like(x, 1e6 if len(calls) == steps else 0.0)
 
     _, last, x0 = walk(
         name,
@@ -292,7 +292,7 @@ def test_the_last_step_adds_no_noise(name, steps, eta):
         **({"eta": eta} if name == "ddim" else {}),
     )[-1]
     assert last.item() == pytest.approx(0.25, abs=1e-9) and x0.item() == 0.25
-    assert len(draws) == (0 if name == "dpm++" or name == "ddim" and eta == 0 else steps - 1)
+    assert len(calls) == (0 if name == "dpm++" or name == "ddim" and eta == 0 else steps - 1)
 
 
 @pytest.mark.parametrize("predict", PREDICTION_TYPE)
@@ -304,7 +304,7 @@ def test_the_clip_is_effective_and_can_be_left_out(predict):
 
 
 @pytest.mark.parametrize("name", ddpm.SAMPLERS)
-def test_a_sampler_goes_on_from_the_clipped_picture(name):
+def test_a_sampler_continues_from_the_clipped_image(name):
     """A network that says 9 everywhere takes the path of one that says 1."""
     d, x = ddpm.Diffusion(ddpm.make_betas("linear", 100), "x0"), torch.full((1, 1, 2, 2), 0.5)
     ends = [
@@ -343,7 +343,7 @@ def test_guidance_is_uncond_plus_g_times_the_difference():
 @pytest.mark.parametrize("predict", PREDICTION_TYPE)
 def test_guidance_with_a_network_is_the_formula_on_two_separate_calls(predict):
     d, y = ddpm.Diffusion(ddpm.make_betas("linear", 100), predict), torch.tensor([2, 0])
-    network = randomise(ddpm.UNet(1, 8, (1, 2), 1, attention_stages=(), classes=3)).eval()
+    network = randomise(ddpm.UNet(1, 8, (1, 2), 1, attention_stages=(), num_classes=3)).eval()
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([40, 40])
     with torch.no_grad():
         uncond, cond = network(x, t), network(x, t, y)

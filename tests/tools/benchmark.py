@@ -1,12 +1,13 @@
 """Measures that take minutes and are run by hand; docs/results.md keeps what they print.
 
-    python tests/benchmark.py features                      # trains the small feature network, once
-    python tests/benchmark.py samplers --model_path MODEL   # quality against the number of evaluations
-    python tests/benchmark.py quality                       # ten minutes of training each, side by side
-    python tests/benchmark.py throughput                    # training steps, side by side with other projects
-    python tests/benchmark.py throughput --device cuda --channels 128 --batch_size 128 --repeats 30 --fast
-    python tests/benchmark.py drawing                       # 64 pictures, side by side
-    python tests/benchmark.py waste --pictures 100000       # what is spent around the network
+    python tests/tools/benchmark.py features                      # trains the small feature network, once
+    python tests/tools/benchmark.py samplers --model_path MODEL   # quality against the number of evaluations
+    python tests/tools/benchmark.py quality                       # ten minutes of training each, side by side
+    python tests/tools/benchmark.py throughput                    # training steps, beside other projects
+    python tests/tools/benchmark.py throughput --device cuda --channels 128 --batch_size 128 --repeats 30 \\
+        --fast
+    python tests/tools/benchmark.py drawing                       # 64 samples, side by side
+    python tests/tools/benchmark.py waste --pictures 100000       # what is spent around the network
 
 The other projects are those of `pip install diffusers denoising-diffusion-pytorch`. Every program runs in a
 process of its own. Rates are of programs that take turns in one run, medians over the turns. Quality is the
@@ -33,7 +34,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import ddpm  # noqa: E402
 
@@ -41,7 +42,7 @@ import ddpm  # noqa: E402
 
 
 class Eye(nn.Module):
-    """A classifier of Fashion-MNIST. features(x): pictures (N, C, H, W) in [-1, 1], of any size, grey or in
+    """A classifier of Fashion-MNIST. features(x): images (N, C, H, W) in [-1, 1], of any size, grey or in
     colour, as 64 numbers each: they are looked at in grey, at 28x28."""
 
     def __init__(self):
@@ -92,11 +93,11 @@ def features(args):
     with torch.no_grad():
         right = torch.cat([eye.head(eye(part)).argmax(1) for part in test_x.split(500)]) == test_y
     torch.jit.trace(eye.eval(), test_x[:2], check_inputs=[test_x[:5]]).save(args.features)
-    print(f"{args.features}: {right.float().mean():.1%} of the test pictures recognised")
+    print(f"{args.features}: {right.float().mean():.1%} of the test images recognised")
 
 
 def moments(eye, x):
-    """Mean and covariance of the features of pictures (N, C, H, W) in [-1, 1], float64."""
+    """Mean and covariance of the features of images (N, C, H, W) in [-1, 1], float64."""
     with torch.no_grad():
         f = torch.cat([eye(part) for part in x.split(250)]).double()
     return f.mean(0), f.T.cov()
@@ -110,33 +111,31 @@ def frechet(a, b):
 
 
 def samplers(args):
-    """A table and a plot: the distance of drawn from real pictures by sampler and number of evaluations."""
+    """A table and a plot: the distance of samples from real images by sampler and number of evaluations."""
     ddpm.keep_memory()
     eye = torch.jit.load(args.features).eval()
     model, diffusion, config = ddpm.load_model(args.model_path)
     config = ddpm.override(config, **({} if args.guidance is None else dict(guidance=args.guidance)))
     if config.data_path == "fashion_mnist":
-        real, name = fashion(args.download_dir, False)[0], "the 10,000 test pictures"
+        real, name = fashion(args.download_dir, False)[0], "the 10,000 test images"
     else:
         images = ddpm.load_images(config)
-        real, name = images.take(images.train, "cpu")[0], f"the {len(images.train)} training pictures"
+        real, name = images.take(images.train, "cpu")[0], f"the {len(images.train)} training images"
     target, n = moments(eye, real), args.num_samples
-    labels = ddpm.sample_labels(config, model.classes, n)
+    labels = ddpm.sample_labels(config.classes, model.class_names, n)
     precision = ddpm.choose_precision("auto", torch.device("cpu"))
-    counts, table, began = [*args.steps, *([diffusion.T] * args.all_steps)], {}, time.monotonic()
+    counts, table, start_time = [*args.steps, *([diffusion.T] * args.all_steps)], {}, time.monotonic()
     for sampler in ddpm.SAMPLERS:
         for steps in counts if sampler == "ddpm" else args.steps:
             c = ddpm.override(config, sampler=sampler, sampling_steps=steps, seed=1)
-            pixels = ddpm.draw(model, diffusion, c, labels, precision)
-            x = ddpm.to_network(ddpm.crop(pixels, c))
+            pixels = ddpm.sample_images(model, diffusion, c, labels, precision)
+            x = ddpm.to_network(pixels)
             table[sampler, steps] = frechet(moments(eye, x), target)
-            print(
-                f"{sampler:6} {steps:5} steps {table[sampler, steps]:9.2f} {time.monotonic() - began:6.0f} s",
-                flush=True,
-            )
+            seconds = time.monotonic() - start_time
+            print(f"{sampler:6} {steps:5} steps {table[sampler, steps]:9.2f} {seconds:6.0f} s", flush=True)
     half = len(real) // 2
     print(
-        f"\n{n} pictures of {args.model_path}, guidance {config.guidance:g}, against {name}; half of them "
+        f"\n{n} samples of {args.model_path}, guidance {config.guidance:g}, against {name}; half of them "
         f"against the rest: {frechet(moments(eye, real[::2][:half]), moments(eye, real[1::2][:half])):.2f}\n"
     )
     print("| sampler | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
@@ -168,12 +167,12 @@ def plot_samplers(table, counts, path):
 
 
 # ----------------------------------------------------------------------------------------------- the programs
-# Each is a function that makes (model, step, draw): step(x0, share) trains on pictures (N, C, 32, 32) in
-# [-1, 1] when that share of the time is over; draw(n) gives so many of them.
+# Each is a function that makes (model, step, sample): step(x0, progress) trains on images (N, C, 32, 32) in
+# [-1, 1] when that fraction of the time is over; sample(n) gives so many of them.
 
 
 def ours(channels, config, device="cpu", memory_format=torch.contiguous_format, mode=None):
-    """The steps of ddpm.train, without what it writes. It is not asked to draw. mode: of torch.compile."""
+    """The steps of ddpm.train, without what it writes. It is not asked to sample. mode: of torch.compile."""
     device = torch.device(device)
     model = ddpm.build_model(config, channels, []).to(device, memory_format=memory_format)
     ema, diffusion = ddpm.copy.deepcopy(model), ddpm.make_diffusion(config, device)
@@ -183,7 +182,7 @@ def ours(channels, config, device="cpu", memory_format=torch.contiguous_format, 
     ddpm.keep_memory()
     averages, weights = (list(m.state_dict().values()) for m in (ema, model))
 
-    def step(x0, share):
+    def step(x0, progress):
         t, eps = torch.randint(config.timesteps, (len(x0),), device=device), torch.randn_like(x0)
         with ddpm.autocast(device, precision):
             loss = diffusion.loss(net, x0, t, eps).mean()
@@ -201,17 +200,17 @@ def faster(step, model, device):
     """The step of another project in bf16, its network compiled."""
     model.compile()
 
-    def fast(x0, share):
+    def fast(x0, progress):
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            step(x0, share)
+            step(x0, progress)
 
     return fast
 
 
-def falling(optimizer, lr, share):
+def falling(optimizer, lr, progress):
     """The rate for the other projects: half a cosine, as in diffusers' training script."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * share))
+        group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25, device="cpu", fast=False):
@@ -235,8 +234,8 @@ def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25
     scheduler, optimizer = diffusers.DDPMScheduler(), torch.optim.AdamW(model.parameters(), lr)
     ema = EMAModel(model.parameters(), 0.9999, use_ema_warmup=True, power=0.75)
 
-    def step(x0, share):
-        falling(optimizer, lr, share)
+    def step(x0, progress):
+        falling(optimizer, lr, progress)
         t, eps = torch.randint(1000, (len(x0),), device=device), torch.randn_like(x0)
         F.mse_loss(model(scheduler.add_noise(x0, eps, t), t).sample, eps).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -244,7 +243,7 @@ def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25
         optimizer.zero_grad()
         ema.step(model.parameters())
 
-    def draw(n):
+    def sample(n):
         ema.copy_to(model.parameters())
         pipeline = diffusers.DDIMPipeline(model, diffusers.DDIMScheduler.from_config(scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
@@ -254,7 +253,7 @@ def diffusers_program(channels, widths, layers, attention, lr, size=32, steps=25
         ]
         return torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2) * 2 - 1
 
-    return model, faster(step, model, device) if fast else step, draw
+    return model, faster(step, model, device) if fast else step, sample
 
 
 def lucidrains_program(channels, mults, lr, dim=32, device="cpu", fast=False):
@@ -267,19 +266,19 @@ def lucidrains_program(channels, mults, lr, dim=32, device="cpu", fast=False):
     ema = EMA(diffusion, beta=0.995, update_every=10)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr, betas=(0.9, 0.99))
 
-    def step(x0, share):
-        falling(optimizer, lr, share)
+    def step(x0, progress):
+        falling(optimizer, lr, progress)
         diffusion((x0 + 1) / 2).backward()
         nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
 
-    def draw(n):
+    def sample(n):
         parts = [ema.ema_model.sample(batch_size=min(100, n - i)) for i in range(0, n, 100)]
         return torch.cat(parts) * 2 - 1
 
-    return model, faster(step, model, device) if fast else step, draw
+    return model, faster(step, model, device) if fast else step, sample
 
 
 def paper(name, args):
@@ -306,7 +305,7 @@ def paper(name, args):
 
 PAPER = ["ddpm.py", "ddpm.py, --compile", "diffusers", "denoising-diffusion-pytorch"]
 ON_A_GPU = ["ddpm.py, graphs", "ddpm.py, channels_last", "ddpm.py, --compile, channels_last"]
-SMALL = {  # for grey pictures and ten minutes
+SMALL = {  # for grey images and ten minutes
     "diffusers": lambda: diffusers_program(1, (32, 64, 64), 1, [2], 1e-3),
     "denoising-diffusion-pytorch": lambda: lucidrains_program(1, (1, 2, 2), 1e-3),
 }
@@ -315,26 +314,26 @@ SMALL = {  # for grey pictures and ten minutes
 
 
 class Turns:
-    """A program in a process of its own. start(*args) runs there and returns (what to tell, work); each
+    """A program in a process of its own. start(*args) runs there and returns (info, work); each
     turn() does the work a few times and returns the seconds that it took once."""
 
     def __init__(self, start, *args):
         self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.told, self.times = self.process.submit(Turns.begin, start, *args).result(), []
+        self.info, self.times = self.process.submit(Turns.begin, start, *args).result(), []
 
     @staticmethod
     def begin(start, *args):
-        told, Turns.work = start(*args)
-        return told
+        info, Turns.work = start(*args)
+        return info
 
     @staticmethod
     def time(repeats):
-        began = time.perf_counter()
+        start_time = time.perf_counter()
         for _ in range(repeats):
             Turns.work()
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return (time.perf_counter() - began) / repeats
+        return (time.perf_counter() - start_time) / repeats
 
     def turn(self, repeats):
         self.times.append(self.process.submit(Turns.time, repeats).result())
@@ -365,7 +364,7 @@ def matrix_product(dtype, device):
 
 
 def start_training(name, args):
-    """A program whose turn is a training step on so many pictures; tells its parameters and FLOPs a step."""
+    """A program whose turn is a training step on so many images; its info is parameters and FLOPs a step."""
     from torch.utils.flop_counter import FlopCounterMode
 
     if name in MATRICES:
@@ -376,70 +375,70 @@ def start_training(name, args):
     x0 = torch.rand(args.batch_size, 3, 32, 32, device=args.device) * 2 - 1
     if "channels_last" in name:
         x0 = x0.contiguous(memory_format=torch.channels_last)
-    began = time.monotonic()
+    start_time = time.monotonic()
     step(x0, 0)
-    print(f"{name}: {time.monotonic() - began:.1f} s for the first step", flush=True)
+    print(f"{name}: {time.monotonic() - start_time:.1f} s for the first step", flush=True)
     with FlopCounterMode(display=False) as counter:
         step(x0, 0)
     return (sum(p.numel() for p in model.parameters()), counter.get_total_flops()), lambda: step(x0, 0)
 
 
 def throughput(args):
-    """Pictures and GFLOP a second of whole training steps."""
+    """Images and GFLOP a second of whole training steps."""
     names = args.programs or PAPER + ON_A_GPU * (args.device == "cuda")
     programs = side_by_side(start_training, [*names, *MATRICES], args)
     seconds = {name: statistics.median(program.times) for name, program in programs.items()}
-    rates = {name: program.told[1] / seconds[name] / 1e9 for name, program in programs.items()}
+    rates = {name: program.info[1] / seconds[name] / 1e9 for name, program in programs.items()}
     rate, fp32 = (rates.pop(name) for name in MATRICES)
-    device = ddpm.describe(torch.device(args.device, 0 if args.device == "cuda" else None))
+    device = ddpm.describe_device(torch.device(args.device, 0 if args.device == "cuda" else None))
     notes = ", glibc keeps memory for all" * args.memory + ", the others in bf16 and compiled" * args.fast
     print(f"\n{device}, torch {torch.__version__}; medians of {args.turns} turns", end=" ")
-    print(f"of {args.repeats} steps of {args.batch_size} pictures{notes}")
+    print(f"of {args.repeats} steps of {args.batch_size} images{notes}")
     print(f"matrix product {rate:.0f} GFLOP/s in bf16, {fp32:.0f} in fp32\n")
-    print("| | parameters | pictures/s | GFLOP/s | of the matrix rate |\n|---|---|---|---|---|")
+    print("| | parameters | images/s | GFLOP/s | of the matrix rate |\n|---|---|---|---|---|")
     for name, gflops in rates.items():
-        parameters, pictures = programs[name].told[0], args.batch_size / seconds[name]
-        print(f"| {name} | {parameters:,} | {pictures:.1f} | {gflops:.0f} | {gflops / rate:.0%} |")
+        parameters, images = programs[name].info[0], args.batch_size / seconds[name]
+        print(f"| {name} | {parameters:,} | {images:.1f} | {gflops:.0f} | {gflops / rate:.0%} |")
     first, *others = rates
     print()
     for name in others:
         print(
-            f"{first} has {seconds[name] / seconds[first]:.2f} times the pictures/s of {name}, and "
+            f"{first} has {seconds[name] / seconds[first]:.2f} times the images/s of {name}, and "
             f"{rates[first] / rates[name]:.2f} times its GFLOP/s"
         )
     print(json.dumps({name: [round(t, 4) for t in p.times] for name, p in programs.items()}))
 
 
-# ---------------------------------------------------------------------------------------------------- drawing
+# --------------------------------------------------------------------------------------------------- sampling
 
 
-def start_drawing(name, args):
-    """A program whose turn is the drawing of so many pictures of 64x64, by models of one shape."""
+def start_sampling(name, args):
+    """A program whose turn is the sampling of so many images of 64x64, by models of one shape."""
     who, number = name.split(", ")
     number, config = int(number), ddpm.preset("animals")
     if args.memory or who == "ddpm.py":
         ddpm.keep_memory()
     if who == "ddpm.py":
         model, diffusion, config = ddpm.load_model(ddpm.HERE / "saved_models" / "animals.pt")
-        labels = ddpm.sample_labels(config, model.classes, number)
+        labels = ddpm.sample_labels(config.classes, model.class_names, number)
         precision = ddpm.choose_precision("auto", torch.device("cpu"))
 
-        def draw():
-            ddpm.draw(model, diffusion, config, labels, precision)
+        def sample():
+            ddpm.sample_images(model, diffusion, config, labels, precision)
 
-        return f"{config.sampler}, {config.sampling_steps} steps, guidance {config.guidance:g}", draw
+        return f"{config.sampler}, {config.sampling_steps} steps, guidance {config.guidance:g}", sample
     widths = [config.channels * m for m in config.channel_mults]
-    _, _, draw = diffusers_program(3, widths, config.res_blocks, [2, 3], config.lr, config.image_size, 50)
-    return "DDIM, 50 steps, no guidance", lambda: draw(number)
+    _, _, sample = diffusers_program(3, widths, config.res_blocks, [2, 3], config.lr, config.image_size, 50)
+    return "DDIM, 50 steps, no guidance", lambda: sample(number)
 
 
-def drawing(args):
-    """Seconds for 64 and for 8 pictures of 64x64: the shipped model, and diffusers' DDIM in 50 steps."""
+def sampling(args):
+    """Seconds for 64 and for 8 samples of 64x64: the shipped model, and diffusers' DDIM in 50 steps."""
     names = [f"{who}, {n}" for n in (64, 8) for who in ("ddpm.py", "diffusers")]
-    programs = side_by_side(start_drawing, names, args)
+    programs = side_by_side(start_sampling, names, args)
     print("\n| | how | seconds |\n|---|---|---|")
     for name, program in programs.items():
-        print(f"| {name} pictures | {program.told} | {statistics.median(program.times):.2f} |")
+        print(f"| {name} samples | {program.info} | {statistics.median(program.times):.2f} |")
     print(json.dumps({name: [round(t, 2) for t in p.times] for name, p in programs.items()}))
 
 
@@ -450,7 +449,7 @@ PLACES = dict(model_path=".pt", samples_dir="")  # of our run, beside --plot
 
 
 def learn(name, args):
-    """Train a program on Fashion-MNIST for args.minutes; returns args.num_samples of its pictures, (N, 1, 28,
+    """Train a program on Fashion-MNIST for args.minutes; returns args.num_samples of its samples, (N, 1, 28,
     28) in [-1, 1], and what it took."""
     torch.manual_seed(0)
     if name == "ddpm.py":
@@ -460,30 +459,30 @@ def learn(name, args):
         rows = Path(config.samples_dir, "metrics.jsonl").read_text().splitlines()
         model, diffusion, config = ddpm.load_model(config.model_path)
         seen = max(json.loads(row)["step"] for row in rows[1:]) * config.batch_size
-        labels = ddpm.sample_labels(config, model.classes, args.num_samples)
-        precision, began = ddpm.choose_precision("auto", torch.device("cpu")), time.monotonic()
-        pixels = ddpm.draw(model, diffusion, config, labels, precision)
-        x = ddpm.to_network(ddpm.crop(pixels, config))
+        labels = ddpm.sample_labels(config.classes, model.class_names, args.num_samples)
+        precision, start_time = ddpm.choose_precision("auto", torch.device("cpu")), time.monotonic()
+        pixels = ddpm.sample_images(model, diffusion, config, labels, precision)
+        x = ddpm.to_network(pixels)
     else:
-        model, step, draw = SMALL[name]()
+        model, step, sample = SMALL[name]()
         x, _ = fashion(args.download_dir, True)
-        x, seen, began = F.pad(x, (2, 2, 2, 2), value=-1.0), 0, time.monotonic()
-        while (share := (time.monotonic() - began) / 60 / args.minutes) < 1:
+        x, seen, start_time = F.pad(x, (2, 2, 2, 2), value=-1.0), 0, time.monotonic()
+        while (progress := (time.monotonic() - start_time) / 60 / args.minutes) < 1:
             if seen % (len(x) // 128 * 128) == 0:
                 order = torch.randperm(len(x))
             at = seen % (len(x) // 128 * 128)
-            step(x[order[at : at + 128]], share)
+            step(x[order[at : at + 128]], progress)
             seen += 128
-        began = time.monotonic()
+        start_time = time.monotonic()
         with torch.no_grad():
-            x = draw(args.num_samples)[..., 2:-2, 2:-2]
+            x = sample(args.num_samples)[..., 2:-2, 2:-2]
     parameters = sum(p.numel() for p in model.parameters())
-    return x, parameters, seen, time.monotonic() - began
+    return x, parameters, seen, time.monotonic() - start_time
 
 
 def quality(args):
-    """Every program learns for as many minutes, one after another, and draws; the distances from the training
-    pictures, and that of as many test pictures. Writes a grid of each."""
+    """Every program learns for as many minutes, one after another, and samples; the distances from the
+    training images, and that of as many test images. Writes a grid of each."""
     eye, (real, _), (test, _) = (
         torch.jit.load(args.features).eval(),
         fashion(args.download_dir, True),
@@ -498,11 +497,11 @@ def quality(args):
         for k in range(5)
     )
     print(
-        f"{n} real test pictures against the training pictures: {base:.2f}, the median of five draws\n",
+        f"{n} real test images against the training images: {base:.2f}, the median of five choices\n",
         flush=True,
     )
     print(
-        "| | parameters | pictures seen | distance | of the real one's | drawing |\n|---|---|---|---|---|---|"
+        "| | parameters | images seen | distance | of the real one's | sampling |\n|---|---|---|---|---|---|"
     )
     for name in args.programs or ["ddpm.py", *SMALL]:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -518,12 +517,12 @@ def quality(args):
 
 
 def synthetic(n):
-    """A source of n pictures of 80x60 that are drawn when they are opened."""
+    """A source of n images of 80x60 that are made when they are opened."""
 
-    def picture(i):
+    def image(i):
         return Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 80, 3), dtype=np.uint8))
 
-    return ddpm.Source([str(i) for i in range(n)], np.full(n, -1), [], ["synthetic", n], picture)
+    return ddpm.ImageSource([str(i) for i in range(n)], np.full(n, -1), [], ["synthetic", n], image)
 
 
 def waste(args):
@@ -539,31 +538,31 @@ def waste(args):
         if args.pictures:
             ddpm.folder_source = lambda root: synthetic(args.pictures)
             config = ddpm.override(config, download_dir=folder, class_cond=False)
-        spent, begun = {}, []
+        spent, starts = {}, []
 
         def timed(owner, name, what):
             real = getattr(owner, name)
 
             def call(*given, **more):
-                began = time.perf_counter()
+                start_time = time.perf_counter()
                 result = real(*given, **more)
-                begun.append(began)
-                spent[what] = spent.get(what, 0) + time.perf_counter() - began
+                starts.append(start_time)
+                spent[what] = spent.get(what, 0) + time.perf_counter() - start_time
                 return result
 
             setattr(owner, name, call)
 
         timed(ddpm.Images, "batch", "data")
-        timed(ddpm, "update_ema", "averaging the weights")
-        timed(ddpm.RunLog, "line", "metrics")
-        timed(ddpm.RunLog, "tick", "progress bar")
-        timed(ddpm, "draw", "drawing pictures")
-        timed(ddpm.RunLog, "pictures", "writing pictures")
+        timed(ddpm, "update_ema", "EMA")
+        timed(ddpm.MetricsLogger, "log_training", "metrics")
+        timed(ddpm.tqdm, "update", "progress bar")
+        timed(ddpm, "sample_images", "sampling images")
+        timed(ddpm, "write_previews", "writing images")
         timed(ddpm.torch, "save", "checkpoints")
         ddpm.train(config)
-        total = time.perf_counter() - begun[0]
+        total = time.perf_counter() - starts[0]
     print(f"\n{args.preset}, {config.steps} steps of {config.batch_size}, {total:.1f} s in all\n")
-    print("| | share |\n|---|---|")
+    print("| | fraction |\n|---|---|")
     for what, seconds in spent.items():
         print(f"| {what} | {seconds / total:.2%} |")
     print(f"| all of these | {sum(spent.values()) / total:.2%} |")
@@ -575,7 +574,7 @@ def main():
         samplers=samplers,
         quality=quality,
         throughput=throughput,
-        drawing=drawing,
+        drawing=sampling,
         waste=waste,
     )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -586,7 +585,7 @@ def main():
     )
     parser.add_argument("--model_path", default="saved_models/animals.pt")
     parser.add_argument("--preset", default="animals", help="recipe for waste")
-    parser.add_argument("--pictures", type=int, help="for waste: so many made-up pictures")
+    parser.add_argument("--pictures", type=int, help="for waste: so many made-up images")
     parser.add_argument("--programs", nargs="+", help="for quality and throughput: only these")
     parser.add_argument("--minutes", type=float, default=10, help="for quality: of training, each")
     parser.add_argument("--num_samples", type=int, default=300)
