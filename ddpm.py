@@ -1292,9 +1292,8 @@ def set_aside(path):
     path.rename(kept)
     print(f"kept      the earlier {path.name}, as {kept.name}")
 
-def load_matching_weights(model, path):
+def load_matching_weights(model, checkpoint, path):
     """Load those weights of a checkpoint that fit a new model. Returns a line about the others."""
-    checkpoint = read_checkpoint(path)
     own = model.state_dict()
     given = checkpoint.get("ema", checkpoint["weights"])
     fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
@@ -1581,13 +1580,14 @@ def train_run(config, checkpoint=None):
     check(config)
     runtime = start_runtime(config)
     check_run(config, runtime)
+    initial = read_checkpoint(config.init_from) if config.init_from else None  # fails early
     images = load_images(config, runtime.device)
     keep_memory()  # not before: decoding large images takes much that is not needed again
     if not images.class_names:
         config = override(config, guidance=1.0)  # there is no class to guide by
     torch.manual_seed(config.seed)
     model = build_model(config, images.channels, images.class_names)
-    origin = load_matching_weights(model, config.init_from) if config.init_from else None
+    origin = load_matching_weights(model, initial, config.init_from) if initial else None
     state = TrainState(config, model, images, runtime)
     if checkpoint:
         state.load(checkpoint, config.resume)
@@ -1858,7 +1858,10 @@ def read_metrics(path):
     require(lines and isinstance(lines[0], dict) and "config" in lines[0],
             f"{path} is not the metrics.jsonl of a run.")
     renamed = dict(pictures_per_s="images_per_s", held_out_loss="validation_loss")  # in older files
-    rows = [{renamed.get(key, key): value for key, value in row.items()} for row in lines[1:]]
+    rows = []
+    for row in lines[1:]:
+        if isinstance(row, dict) and "step" in row:  # a crash can leave anything
+            rows.append({renamed.get(key, key): value for key, value in row.items()})
     return lines[0], rows
 
 class MetricsLogger:
@@ -2055,26 +2058,29 @@ def sample_run(config, checkpoint):
     for folder in (config.samples_dir, config.individual or config.samples_dir):
         Path(folder).mkdir(parents=True, exist_ok=True)  # fails now if that cannot be
     digest = model_digest(config.model_path)
-    ts = reverse_timesteps(config)[:-1]
+    ts = reverse_timesteps(config)
+    num_steps = len(ts) - 1
     print(f"model     {config.model_path} ({digest}), {'EMA' if config.ema else 'plain'} weights, "
           f"trained on {printable(config.data_path)}\n"
-          f"sampling  {config.num_samples} images, {config.sampler}, {len(ts)} steps, seed "
+          f"sampling  {config.num_samples} images, {config.sampler}, {num_steps} steps, seed "
           f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
           f"{runtime.precision}")
-    shown = set(evenly_spaced(np.array(ts), 60 if config.gif else 9).tolist())
-    frames = []  # (t, uint8 (n, C, H, W)) of the first images, on the device, lest each step wait
-    total = len(ts) * math.ceil(config.num_samples / runtime.world_size / config.sample_batch_size)
-    with tqdm(total=total, unit="step", dynamic_ncols=True, disable=not runtime.is_main) as bar:
+    next_level = dict(pairwise(ts))  # {t: the noise level after the step from t}
+    shown = set(evenly_spaced(np.array(ts[:-1]), 60 if config.gif else 9).tolist())
+    frames = []  # (level, uint8 (n, C, H, W)), on the device, or each step would wait for it
+    batches = math.ceil(config.num_samples / runtime.world_size / config.sample_batch_size)
+    with tqdm(total=batches * num_steps, unit="step", dynamic_ncols=True,
+              disable=not runtime.is_main) as bar:
         def on_step(start, t, x):
             bar.update()
             if start == 0 and t in shown:
-                frames.append((t, crop(to_pixels(x[:8]), config.image_size)))
+                frames.append((next_level[t], crop(to_pixels(x[:8]), config.image_size)))
 
         pixels = sample_images(
             model, diffusion, config, labels, runtime.precision, on_step, image, mask)
     leave_processes()
     if runtime.is_main:
-        text = png_text(config, len(ts), digest)
+        text = png_text(config, num_steps, digest)
         print_files(write_samples(config, pixels, frames, model.class_names, labels, text))
     return pixels
 
@@ -2239,9 +2245,9 @@ def plot_forward_process(x0, config, path):
     return plot_rows({"": row}, ["clean"] + [f"t = {t}" for t in ts], path)
 
 def plot_trajectory(frames, names, path, text=None):
-    """The reverse process of five images. frames: (t, uint8 (n, C, H, W) after the step from t)."""
+    """The reverse process of five images. frames: (noise level t, or -1; uint8 (n, C, H, W))."""
     chosen = [frames[i] for i in evenly_spaced(np.arange(len(frames)), 9)]
-    titles = [f"after t = {t}" for t, _ in chosen[:-1]] + ["result"]
+    titles = [f"t = {t}" if t >= 0 else "result" for t, _ in chosen]
     columns = torch.stack([images[:5] for _, images in chosen], dim=1)  # (n, columns, C, H, W)
     rows = {f"{name} {i}": row for i, (name, row) in enumerate(zip(names, columns), 1)}
     return plot_rows(rows, titles, path, text)

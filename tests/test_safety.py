@@ -126,15 +126,14 @@ def test_no_room_for_a_checkpoint(train, tmp_path, capsys, room):
     )
 
 
-def test_no_room_for_the_cache(train, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
+def test_no_room_for_the_cache(train, tmp_path, capsys):
     with no_file_above(10_000):
         assert train() == 1
     assert "Make room" in the_error(capsys) and not tree(tmp_path)
     assert train() == 0
 
 
-def test_no_room_on_a_real_disk(train, tmp_path, monkeypatch, capsys):
+def test_no_room_on_a_real_disk(train, tmp_path, capsys):
     """A disk of one megabyte: the cache of 24 pictures of 256x256 must not die of SIGBUS in mid-write."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -143,12 +142,10 @@ def test_no_room_on_a_real_disk(train, tmp_path, monkeypatch, capsys):
     ).returncode:
         pytest.skip("no right to mount a file system")
     try:
-        monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
         big = "--image_size 256 --patch 16"
         assert train("--download_dir", disk, big) == 1
         said = the_error(capsys)
         assert "No space left" in said and "Make room" in said and not tree(disk)
-        monkeypatch.setattr(ddpm, "IN_MEMORY", 2**28)
         assert train("--model_path", disk / "model.pt", "--steps 3") == 1  # 0.9 MB a step, 0.4 MB the model
         assert "No space left" in the_error(capsys) and not half_files(disk)
         files = list(disk.rglob("*.pt"))
@@ -186,7 +183,6 @@ def test_a_folder_that_may_not_be_written_to(plain_user, main, pictures, monkeyp
     if os.geteuid() == 0:
         os.chown(folder / "free", NOBODY, -1)
     (folder / "locked").chmod(0o555)
-    monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
     before_step(monkeypatch, 0, lambda: pytest.fail("a step was computed"))
     to = {"--model_path": "model.pt", "--samples_dir": "samples", "--download_dir": "d"}
     where = [word for k, v in to.items() for word in (k, folder / ("locked" if k == flag else "free") / v)]
@@ -204,8 +200,10 @@ def test_folders_and_pictures_that_may_not_be_read(plain_user, main, pictures, m
     shutil.copytree(pictures, folder / "data")
     (folder / "data").chmod(0o755)
     (folder / "data" / "disc" / "0.png").chmod(0)
+    (folder / "cache").mkdir()
+    (folder / "cache").chmod(0o777)
     monkeypatch.chdir(folder)
-    flags = words("--mode train --dry_run --data_path", folder / "data", TINY)
+    flags = words("--mode train --dry_run --download_dir cache --data_path", folder / "data", TINY)
     with being():
         assert ddpm.main(flags) == 0
     assert "disc/0.png" in capsys.readouterr().err
@@ -286,8 +284,8 @@ def test_a_signal_while_sampling(trained, tmp_path, what, code):
 
 
 @pytest.mark.parametrize("what, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_while_pictures_are_drawn_in_training(train, tmp_path, monkeypatch, what, code):
-    """Drawing is given up after the step it is at, the state is saved, and the run can go on."""
+def test_a_signal_while_a_preview_is_sampled(train, tmp_path, monkeypatch, what, code):
+    """Sampling is given up after the step it is at, the state is saved, and the run can go on."""
     real, drawn = ddpm.generate, []
 
     def generate(*args, **kwargs):
@@ -456,8 +454,8 @@ def test_weights_that_are_not_finite_are_never_loaded(train, main, tmp_path, cap
 STORED = HERE / "checkpoint_format_1.pt"
 
 
-def test_a_checkpoint_of_format_1_still_loads_and_draws_the_same_pictures(tmp_path, quick_plots):
-    """File and pictures were made when format 1 was new: they have to come back, to one grey level."""
+def test_a_checkpoint_of_format_1_still_loads_and_samples_the_same_images(tmp_path, quick_plots):
+    """File and images were made when format 1 was new: they have to come back, to one grey level."""
     expected = np.asarray(Image.open(STORED.with_suffix(".png")))
     settings = dict(model_path=str(STORED), samples_dir=str(tmp_path), num_samples=6, sampler="ddim", seed=7)
     drawn = ddpm.sample(
@@ -467,6 +465,24 @@ def test_a_checkpoint_of_format_1_still_loads_and_draws_the_same_pictures(tmp_pa
     assert row.shape == expected.shape and expected.std() > 30
     assert np.abs(row.astype(int) - expected).max() <= 1
     assert ddpm.read_checkpoint(STORED)["classes"] == ["disc", "square", "stripes"]
+
+
+def test_a_run_of_the_old_program_is_opened_and_resumed(train, tmp_path):
+    """Its fingerprint says "N pictures, N bad"; the same images are meant, and no other number of them."""
+    assert train("--steps 4") == 0
+    whole = checkpoint(tmp_path / "run" / "model.pt")
+    new = tmp_path / "run" / "model_steps" / "step_00000003.pt"
+    saved = checkpoint(new)
+    old = saved["data"].replace(" images,", " pictures,").replace(" unreadable,", " bad,")
+    assert re.search(r"24 pictures, .*0 bad,", old) and old != saved["data"]
+    torch.save(saved | {"data": old}, tmp_path / "old.pt")
+    assert ddpm.read_checkpoint(tmp_path / "old.pt")["data"] == saved["data"]
+    assert train("--resume", tmp_path / "old.pt", "--steps 4") == 0
+    again = checkpoint(tmp_path / "run" / "model.pt")
+    assert again["data"] == whole["data"] and again["step"] == 4
+    assert all(torch.equal(again[k][n], v) for k in ("weights", "ema") for n, v in whole[k].items())
+    torch.save(saved | {"data": old.replace("24 pictures", "23 pictures")}, tmp_path / "other.pt")
+    assert train("--resume", tmp_path / "other.pt", "--steps 5") == 1
 
 
 def test_a_checkpoint_of_another_format_says_so(main, tmp_path, capsys):
@@ -576,8 +592,7 @@ def test_a_terminal_without_the_letters_of_a_name_is_no_reason_to_stop(pictures,
 
 
 @pytest.mark.parametrize("mask, expected", [(0o022, 0o644), (0o027, 0o640)])
-def test_files_have_the_rights_that_the_umask_leaves(train, main, tmp_path, monkeypatch, mask, expected):
-    monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
+def test_files_have_the_rights_that_the_umask_leaves(train, main, tmp_path, mask, expected):
     before = os.umask(mask)
     try:
         assert train("--sample_every 1") == 0
@@ -594,15 +609,16 @@ def test_files_have_the_rights_that_the_umask_leaves(train, main, tmp_path, monk
     assert set(modes.values()) == {expected} and any("decoded" in name for name in modes), modes
 
 
-# ---- the cache of decoded pictures
+# ---- the cache of decoded images
 
 
 @pytest.fixture
-def cached(pictures, tmp_path, monkeypatch):
+def cached(pictures, tmp_path):
     """load() decodes through a cache in tmp_path; with the right pixels, and the two files of the cache."""
     settings = dict(data_path=str(pictures), image_size=16, download_dir=str(tmp_path / "d"))
-    right = ddpm.load_images(ddpm.preset("animals", **settings)).pixels
-    monkeypatch.setattr(ddpm, "IN_MEMORY", 0)
+    elsewhere = settings | dict(download_dir=str(tmp_path / "elsewhere"))
+    right = ddpm.load_images(ddpm.preset("animals", **elsewhere)).pixels.clone()
+    shutil.rmtree(tmp_path / "elsewhere")
 
     def load(**more):
         return ddpm.load_images(ddpm.preset("animals", **settings | more)).pixels
@@ -639,6 +655,14 @@ def test_a_damaged_cache_is_decoded_anew(cached, damage):
     assert torch.equal(load(), right)
     assert sorted(p.name for p in pixels.parent.iterdir()) == sorted([pixels.name, reasons.name])
     np.testing.assert_array_equal(np.load(pixels), right.numpy())
+
+
+def test_the_second_start_reads_the_cache_and_decodes_nothing(cached, monkeypatch):
+    load, right, pixels, reasons = cached
+    before = [(f.read_bytes(), f.stat().st_mtime_ns) for f in (pixels, reasons)]
+    monkeypatch.setattr(ddpm, "decode", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(load(), right)
+    assert before == [(f.read_bytes(), f.stat().st_mtime_ns) for f in (pixels, reasons)]
 
 
 def test_two_folders_with_the_same_names_sizes_and_times_have_caches_of_their_own(cached, tmp_path):

@@ -530,7 +530,8 @@ def test_the_files_that_a_run_writes(train, tmp_path, capsys):
     for file in (run / "samples").glob("*.png"):
         Image.open(file).load()
     said = capsys.readouterr().out.split("Wrote:")[1].split("\n")
-    assert {line.strip() for line in said if line.strip()} == {str(p) for p in run.rglob("*") if p.is_file()}
+    written = {str(p) for p in run.rglob("*") if p.is_file() and "decoded" not in p.parts}  # but the cache
+    assert {line.strip() for line in said if line.strip()} == written
 
 
 def test_plots_are_real_pictures(main, pictures, tmp_path):
@@ -657,6 +658,29 @@ def test_checkpointing_gives_the_same_model(train, tmp_path):
         weights.append(checkpoint(tmp_path / "run" / "model.pt")["weights"])
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     assert train("--resume --steps 4 --no_checkpointing") == 0
+
+
+def test_checkpointing_saves_activations_and_gives_the_same_gradients():
+    """Bit for bit; what autograd saves in the forward pass becomes less than half."""
+    model = randomise(ddpm.UNet(3, 8, (1, 2), 2, "full", (1,), num_classes=3))
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([3, 40]), torch.tensor([0, -1])
+    saved, gradients = [], []
+    for model.checkpointing in (False, True):
+        sizes = []
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with hooks(lambda v, into=sizes: into.append(v.nbytes) or v, lambda v: v):
+            loss = model(x, t, y).square().mean()
+        saved.append(sum(sizes))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(map(torch.equal, *gradients)) and any(g.any() for g in gradients[0])
+    assert saved[1] < 0.5 * saved[0]
+
+
+@pytest.mark.parametrize("arch", ("simple", "resnet18"))
+def test_checkpointing_is_refused_for_other_networks(train, tmp_path, capsys, arch):
+    assert train("--checkpointing --image_size 32 --arch", arch) == 1
+    assert f"--checkpointing has no effect on --arch {arch}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_banner_says_what_the_run_costs(train, capsys):
@@ -799,7 +823,8 @@ def test_init_from_what_fits_nowhere_is_an_error(train, trained, tmp_path, capsy
     (tmp_path / "grey").mkdir()
     Image.new("L", (16, 16), 100).save(tmp_path / "grey" / "p.png")
     assert train("--steps 1 --arch simple --channels 12 --init_from", trained, data=tmp_path / "grey") == 1
-    assert "fits" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "fits" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "samples").exists() and not list((tmp_path / "run").rglob("*.pt"))
 
 
 # ---- failures and stops

@@ -132,8 +132,9 @@ class Creating(TorchDispatchMode):
 
 
 class Autocasting(TorchFunctionMode):
-    """Autocast for CUDA; PyTorch's own does not see that the tensors are there. Not while going back, where
-    stages may be computed again."""
+    """Autocast for CUDA; PyTorch's own does not see that the tensors are there. Not in the backward
+    pass, where
+    activations may be computed again."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, to = kwargs or {}, None
