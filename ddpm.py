@@ -115,9 +115,9 @@ class Config:
     class_cond: bool = flag(True, "condition on the class, where the data has two or more")
     label_dropout: float = flag(0.1, "fraction of labels hidden in training, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
-    steps: int | None = flag(3000, "optimiser steps,", 1, 10**12, group="training", change=RESUME)
-    epochs: float | None = flag(None, "or epochs,", 1e-6, 1e9, change=RESUME)
-    minutes: float | None = flag(None, "or a time budget in minutes", 1e-3, 1e7, change=RESUME)
+    steps: int | None = flag(3000, "length in steps,", 1, 10**12, group="training", change=RESUME)
+    epochs: float | None = flag(None, "or length in epochs,", 1e-6, 1e9, change=RESUME)
+    minutes: float | None = flag(None, "or time budget in minutes", 1e-3, 1e7, change=RESUME)
     batch_size: int = flag(16, "images per optimiser step, over all processes", 1, 10**6)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change=RESUME)
     lr: float = flag(1e-3, "learning rate after warm-up", 1e-9, 10)
@@ -350,6 +350,7 @@ def make_betas(kind, T, start=None, end=None):
 class Diffusion:
     """The forward process q, and what follows from it. Timesteps t: 0..T-1 (the paper's 1..T).
     abar[t]: the paper's alpha-bar (alphas_cumprod elsewhere), float64; abar[-1] = 1 is clean data.
+    A reverse step goes from level t to a lower level u, which is -1, clean data, at the end.
     predict: what the network outputs, the noise eps, the clean image x0 (x_start elsewhere), or v.
     loss: l2, l1 or huber. min_snr: gamma of Hang et al. 2023, 0 for no weighting."""
     def __init__(self, betas, predict="eps", loss="l2", min_snr=0.0, device="cpu"):
@@ -396,7 +397,8 @@ class Diffusion:
         return self.weight[t] * self.loss_fn(out, target, reduction="none").mean(dim=(1, 2, 3))
 
     def forward_std(self, t, u):
-        """Std of the noise added from u to t > u: "fixed-large" (Ho et al. 2020, section 3.2)."""
+        """Std of the noise that q adds between the levels u < t: "fixed-large" as that of a reverse
+        step from t to u (Ho et al. 2020, section 3.2)."""
         return math.sqrt(1 - self.abar[t].item() / self.abar[u].item())
 
     def posterior_std(self, t, u):
@@ -431,11 +433,10 @@ def ddpm(diffusion, denoise, x, ts, noise, eta=0.0):
     every_timestep = all(t - u == 1 for t, u in pairwise(ts))
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
-        x, std = diffusion.posterior(x, x0, t, u)
-        if every_timestep:
-            std = diffusion.forward_std(t, u)  # the paper's better choice on T steps
-        if u >= 0:  # the last step adds no noise
-            x = x + std * noise()
+        mean, std = diffusion.posterior(x, x0, t, u)
+        if every_timestep:  # fixed-large is better on all T steps, fixed-small on fewer
+            std = diffusion.forward_std(t, u)
+        x = mean + std * noise() if u >= 0 else mean  # the last step adds no noise
         yield t, x, x0
 
 def ddim(diffusion, denoise, x, ts, noise, eta=0.0):
@@ -954,7 +955,7 @@ def load_images(config, device="cpu"):
     if config.data_path == Config.data_path and not path.exists():
         path = HERE / path  # the starter images
     if config.data_path in DATASETS:
-        source = torchvision_source(path.name, config.download_dir)
+        source = torchvision_source(config.data_path, config.download_dir)
     else:
         source = folder_source(path)
     chosen = np.arange(len(source.names))
@@ -1493,7 +1494,7 @@ class TrainState:
         step_path = step_folder(model_path) / f"step_{self.step:08d}.pt"
         written = [atomic_write(step_path, lambda f: torch.save(full_state, f)),
                    atomic_write(model_path, lambda f: torch.save(model_state, f))]
-        resumed_from = Path(self.config.resume or "").resolve()
+        resumed_from = Path(self.config.resume).resolve() if self.config.resume else None
         for old in step_files(model_path)[: -self.config.keep_last]:  # the new one is durable
             if old.resolve() != resumed_from:
                 old.unlink(missing_ok=True)
@@ -1539,7 +1540,7 @@ class LossMeter:
         self.sums.index_add_(1, t * 4 // self.T, torch.stack([losses, counts]))
 
     def end_step(self, step, total):
-        """Note whether a step was finite. total: a scalar that is not if the step was not."""
+        """Note whether a step was finite. total: a scalar, NaN or infinite if the step was."""
         self.bad_in_a_row = torch.where(torch.isfinite(total), 0, self.bad_in_a_row + 1)
         too_many = (self.first_bad < 0) & (self.bad_in_a_row >= self.patience)
         self.first_bad = torch.where(too_many, step, self.first_bad)
@@ -1969,9 +1970,9 @@ def sample_labels(classes, class_names, n):
 def reverse_timesteps(config):
     """The timesteps to sample at: from pure noise, or from the noise level of --strength."""
     strength = config.strength or 1
-    T = max(1, round(strength * config.timesteps))
-    n = max(1, round(strength * config.sampling_steps))
-    return spaced_timesteps(T, n)
+    noise_levels = max(1, round(strength * config.timesteps))
+    steps = max(1, round(strength * config.sampling_steps))
+    return spaced_timesteps(noise_levels, steps)
 
 def generate(model, diffusion, config, indices, labels, precision="fp32", image=None, mask=None):
     """Sample the images number `indices` with these labels (-1: none). Yields (t, x, x0) after each
@@ -1987,7 +1988,10 @@ def generate(model, diffusion, config, indices, labels, precision="fp32", image=
         fraction = torch.tensor(indices, device=device) / max(config.num_samples - 1, 1)
         first = ImageNoise(config.seed, [0], shape, device)
         last = ImageNoise(config.interpolate, [0], shape, device)
-        noise = lambda: slerp(first(), last(), fraction)  # noqa: E731
+
+        def noise():
+            return slerp(first(), last(), fraction)
+
     y = torch.tensor(labels, device=device)
     denoise = make_denoiser(model, diffusion, y, config.guidance, precision=precision)
     ts = reverse_timesteps(config)
@@ -2389,7 +2393,7 @@ def run(work):
         print("Stopped.", file=sys.stderr)
         return 130
     except (UserError, OSError, MemoryError, RuntimeError) as e:
-        message = explain(e)  # and not e itself, whose frames would keep all their memory
+        message = explain(e)  # only the text: the traceback would keep its tensors alive
         if message is None:
             raise
     print(f"error: {printable(message)}", file=sys.stderr)
