@@ -3,7 +3,8 @@
     pip install streamlit
     streamlit run app.py        # and open http://localhost:8501
 
-It offers the models in saved_models/ and the runs of the folder that it is started in, and writes nothing.
+It offers the models in saved_models/ and the runs of the folder that it is started in, and writes
+nothing.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import math
 import tempfile
 import time
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,12 @@ import ddpm
 try:
     import streamlit as st
 except ImportError:
-    raise SystemExit("The page needs Streamlit: pip install streamlit, then: streamlit run app.py") from None
+    raise SystemExit(
+        "The page needs Streamlit: pip install streamlit, then: streamlit run app.py") from None
 if __name__ == "__main__" and not st.runtime.exists():
     raise SystemExit("This is a page: start it with streamlit run app.py")
 
-SIDE = 150  # of an image on the page, in the browser's pixels
+WIDTH = 150  # of an image on the page, in the browser's pixels
 SAMPLERS = {"ddpm": "the original", "ddim": "without fresh noise", "dpm++": "good from 10 steps"}
 GRIDS = {"generated": "Sampled from the same noise each time",
          "compared": "Clean, with noise, and as the model predicts them"}
@@ -36,9 +39,13 @@ LAST_SEED = 2**53 - 1  # the largest number that browsers are sure of
 
 def model_files():
     """The models in saved_models/, newest first, and the included one. No step checkpoints."""
-    found = {*Path("saved_models").resolve().glob("*.pt*"), ddpm.HERE / "saved_models" / "animals.pt"}
-    found = [path for path in found if path.is_file() and path.name[0] != "."]
-    return sorted(found, key=lambda path: (-path.stat().st_mtime, path))
+    included = ddpm.HERE / "saved_models" / "animals.pt"
+    found = {*Path("saved_models").resolve().glob("*.pt*"), included}
+    files = [path for path in found if path.is_file() and path.name[0] != "."]
+    return newest_first(files)
+
+def newest_first(files):
+    return sorted(files, key=lambda path: (-path.stat().st_mtime, path))
 
 @st.cache_data(max_entries=1000, show_spinner="Looking through saved_models")
 def describe(path, changed):
@@ -48,8 +55,10 @@ def describe(path, changed):
         config = ddpm.stored_config(checkpoint, path)
     except ddpm.UserError:
         return f"{path.name}: cannot be read"
+    data = Path(config.data_path).name
+    size = f"{config.image_size}x{config.image_size}"
     classes = f", {len(checkpoint['classes'])} classes" if checkpoint["classes"] else ""
-    return f"{path.name}: {Path(config.data_path).name}, {config.image_size}x{config.image_size}{classes}"
+    return f"{path.name}: {data}, {size}{classes}"
 
 @st.cache_resource(max_entries=4, show_spinner="Opening the model")
 def open_model(path, changed):
@@ -72,33 +81,60 @@ def choose_model():
 
 def settings(section, key, num_images=8):
     """The fields of a form that all ways to generate share. Returns the Config to sample with."""
-    model, diffusion, c, _ = open_model(*key)
+    model, diffusion, config, _ = open_model(*key)
+
     def kept(name):  # also while another section or model is looked at
         return dict(key=f"{section}, {name}, {key[0]}", persist_state="session")
 
+    given = {}
     left, right = st.columns(2)
-    given = dict(
-        num_samples=left.number_input("Images", 1, 64, num_images, **kept("images")),
-        seed=right.number_input("Seed", 0, LAST_SEED, min(c.seed, LAST_SEED), **kept("seed"),
-                                help="The same seed and settings give the same images."),
-        sampler=st.selectbox("Sampler", list(SAMPLERS), index=[*SAMPLERS].index(c.sampler),
-                             format_func=lambda name: f"{name}: {SAMPLERS[name]}", **kept("sampler")))
+    given["num_samples"] = left.number_input("Images", 1, 64, num_images, **kept("images"))
+    given["seed"] = right.number_input(
+        "Seed",
+        min_value=0,
+        max_value=LAST_SEED,
+        value=min(config.seed, LAST_SEED),
+        help="The same seed and settings give the same images.",
+        **kept("seed"))
+    given["sampler"] = st.selectbox(
+        "Sampler",
+        list(SAMPLERS),
+        index=list(SAMPLERS).index(config.sampler),
+        format_func=lambda name: f"{name}: {SAMPLERS[name]}",
+        **kept("sampler"))
     usual = {n for n in (5, 10, 20, 50, 100, 250, 1000) if n < diffusion.T}
-    steps = sorted(usual | {c.sampling_steps, diffusion.T})
-    label = "Steps: fewer are faster, more are better"
-    given["sampling_steps"] = st.select_slider(label, steps, c.sampling_steps, **kept("steps"))
+    given["sampling_steps"] = st.select_slider(
+        "Steps: fewer are faster, more are better",
+        sorted(usual | {config.sampling_steps, diffusion.T}),
+        value=config.sampling_steps,
+        **kept("steps"))
     if model.class_names:
-        chosen = st.multiselect("Classes", model.class_names, placeholder="all, in turn", **kept("classes"))
+        chosen = st.multiselect(
+            "Classes",
+            model.class_names,
+            placeholder="all, in turn",
+            **kept("classes"))
         given["classes"] = ",".join(chosen) or None
-        given["guidance"] = st.slider("Guidance scale: how closely to follow the class", 1.0, 8.0, step=0.5,
-                                      value=min(max(c.guidance, 1.0), 8.0), **kept("guidance"))
-    return ddpm.override(c, sample_batch_size=64, **given)
+        given["guidance"] = st.slider(
+            "Guidance scale: how closely to follow the class",
+            min_value=1.0,
+            max_value=8.0,
+            value=min(max(config.guidance, 1.0), 8.0),
+            step=0.5,
+            **kept("guidance"))
+    return ddpm.override(config, sample_batch_size=64, **given)
+
+def to_cropped(x, config):
+    """Images x (N, C, H, W) in [-1, 1] as uint8 without the border that some networks need."""
+    return ddpm.crop(ddpm.to_pixels(x), config.image_size)
 
 def show(x, names, config):
-    """Images x (N, C, H, W) in [-1, 1] side by side, as many as the screen is wide, each with its name."""
+    """Images x (N, C, H, W) in [-1, 1] side by side, as many as the screen is wide, each with its
+    name."""
+    images = ddpm.to_images(to_cropped(x, config))
     with st.container(horizontal=True):
-        for image, name in zip(ddpm.to_images(ddpm.crop(ddpm.to_pixels(x), config.image_size)), names):
-            with st.container(width=SIDE, gap=None):
+        for image, name in zip(images, names):
+            with st.container(width=WIDTH, gap=None):
                 st.image(image, width="stretch", alt=name, output_format="PNG")
                 st.caption(name)
 
@@ -108,32 +144,35 @@ def written(write):
         return Path(write(Path(folder, "file"))).read_bytes()
 
 def generate_images(section, key, config, **edit):
-    """Sample with a bar, a button to stop and the images as they emerge; keep the result for this section.
-    Any click on the page ends this function where it next touches the page, and nothing is kept then."""
+    """Sample with a bar, a button to stop and the images as they emerge; keep the result for this
+    section. Any click on the page ends this function where it next touches the page, and nothing is
+    kept then."""
     model, diffusion, _, precision = open_model(*key)
     ddpm.check(config)
     labels = ddpm.sample_labels(config.classes, model.class_names, config.num_samples)
     if config.interpolate is not None:
         labels = labels[:1] * len(labels)
-    names = [f"{i} {model.class_names[label] if model.class_names else ''}"
-             for i, label in enumerate(labels, 1)]
+    names = []
+    for i, label in enumerate(labels, 1):
+        class_name = model.class_names[label] if model.class_names else ""
+        names.append(f"{i} {class_name}")
     steps = len(ddpm.reverse_timesteps(config)) - 1
     animated = set(ddpm.evenly_spaced(np.arange(1, steps + 1), 60).tolist())
-    frames = []
     every = math.ceil(steps / 12)
     bar = st.progress(0.0, "Starting")
     st.button("Stop", on_click=st.session_state.update, kwargs=dict(stopped=True))
     emerging = st.empty()
-    sampling = ddpm.generate(
-        model, diffusion, config, range(config.num_samples), labels, precision, **edit)
+    rows = range(config.num_samples)
+    frames = []
+    sampling = ddpm.generate(model, diffusion, config, rows, labels, precision, **edit)
     for i, (t, x, x0) in enumerate(sampling, 1):
         bar.progress(i / steps, f"Step {i} of {steps}, t = {t}. The predicted x0:")
         if i % every == 1 or every == 1:
             with emerging.container():
                 show(x0, names, config)
         if i in animated:
-            frames.append(ddpm.crop(ddpm.to_pixels(x[:8]), config.image_size).cpu())
-    pixels = ddpm.crop(ddpm.to_pixels(x), config.image_size).cpu()
+            frames.append(to_cropped(x[:8], config).cpu())
+    pixels = to_cropped(x, config).cpu()
     if config.interpolate is not None:
         frames = ddpm.there_and_back(pixels)
     text = ddpm.png_text(config, steps, ddpm.model_digest(key[0]))
@@ -160,19 +199,31 @@ def show_result(section):
     """What this browser generated last in this section, and buttons to download it."""
     if st.session_state.pop("stopped", False):
         st.info("Stopped.")
-    if not (result := st.session_state.get(f"generated: {section}")):
+    result = st.session_state.get(f"generated: {section}")
+    if not result:
         return
     st.caption(result["about"])
     with st.container(horizontal=True):
         for i, (png, name) in enumerate(zip(result["images"], result["names"])):
-            with st.container(width=SIDE, gap=None):
+            with st.container(width=WIDTH, gap=None):
                 st.image(png, width="stretch", alt=name)
-                st.download_button(name, png, f"{i:05d}.png", "image/png", key=f"png {i}", type="tertiary",
-                                   icon=":material/download:", on_click="ignore")
+                st.download_button(
+                    name,
+                    png,
+                    f"{i:05d}.png",
+                    "image/png",
+                    key=f"png {i}",
+                    type="tertiary",
+                    icon=":material/download:",
+                    on_click="ignore")
     with st.container(horizontal=True):
         for kind, label in (("zip", "All as a ZIP"), ("gif", "Animation as a GIF")):
-            st.download_button(label, result[kind], f"images.{kind}", on_click="ignore",
-                               icon=":material/download:")
+            st.download_button(
+                label,
+                result[kind],
+                f"images.{kind}",
+                icon=":material/download:",
+                on_click="ignore")
     with st.expander("Animation"):
         st.image(result["gif"], alt="The images during the reverse process")
 
@@ -201,55 +252,73 @@ class Upload(io.BytesIO):
         return self.name
 
 def upload(label, size, channels):
-    """The image that the user gives: its name and itself, (1, channels, size, size) in [-1, 1]; or None."""
-    if not (file := st.file_uploader(label, [suffix[1:] for suffix in ddpm.SUFFIXES])):
+    """The image that the user gives: its name and itself, (1, channels, size, size) in [-1, 1]; or
+    None."""
+    file = st.file_uploader(label, [suffix[1:] for suffix in ddpm.SUFFIXES])
+    if not file:
         return None
     try:
         with ddpm.open_image(Upload(file)) as image:
             pixels = math.prod(image.size)
     except Exception:  # broken files make decoders raise anything; load_image says what is wrong
         pixels = 0
-    ddpm.require(pixels <= 10**8, f"{file.name} has {pixels / 1e6:.0f} million pixels: give at most 100.")
+    ddpm.require(pixels <= 10**8,
+                 f"{file.name} has {pixels / 1e6:.0f} million pixels: give at most 100.")
     return file.name, ddpm.load_image(Upload(file), size, channels)
 
 # --------------------------------------------------------------------------------------------- edit
 
 def rectangle(size, config):
-    """A mask (1, 1, size, size) from two sliders: 1 inside, in percent of the image without its border."""
+    """A mask (1, 1, size, size) from two sliders: 1 inside, in percent of the image without its
+    border."""
     left, right = st.columns(2)
     across = left.slider("From left to right, in %", 0, 100, (50, 100))
     down = right.slider("From top to bottom, in %", 0, 100, (0, 100))
-    x1, x2, y1, y2 = (round(share * config.image_size / 100) for share in (*across, *down))
+    x1, x2 = (round(percent * config.image_size / 100) for percent in across)
+    y1, y2 = (round(percent * config.image_size / 100) for percent in down)
     mask = torch.zeros(1, 1, size, size)
     ddpm.crop(mask, config.image_size)[..., y1:y2, x1:x2] = 1
     return mask
+
+def choose_mask(model, config):
+    """The mask (1, 1, size, size) that the user wants, 1 where to inpaint; None before it is
+    there."""
+    where = st.radio("Where", ["A rectangle", "A mask of yours"], horizontal=True)
+    if where == "A rectangle":
+        return rectangle(model.image_size, config)
+    given = upload("The mask: white is inpainted, black is kept", config.image_size, 1)
+    if not given:
+        return None
+    _, mask = given
+    return (mask > 0).float()
+
+def second_seed():
+    return dict(interpolate=st.number_input("Seed of the last image", 0, LAST_SEED, 1))
+
+def strength(name):
+    meaning = "Low values keep nearly all of your image, 1 ignores it."
+    value = st.slider("Strength", 0.05, 1.0, 0.5, 0.05, help=meaning)
+    return dict(init_image=name, strength=value)
 
 def edit(key):
     model, _, config, _ = open_model(*key)
     choices = ["Vary an image", "Inpaint a part", "Between two seeds"]
     task = st.radio("What to do", choices, horizontal=True, key="task", persist_state="session")
-    if task == choices[2]:
-        def second():
-            return dict(interpolate=st.number_input("Seed of the last image", 0, LAST_SEED, 1))
-        return form(task, key, "Go from one to the other", extra=second)
+    if task == "Between two seeds":
+        return form(task, key, "Go from one to the other", extra=second_seed)
     label = "Your image; its central square is used"
-    if not (given := upload(label, config.image_size, model.image_channels)):
+    given = upload(label, config.image_size, model.image_channels)
+    if not given:
         return st.info("Give an image, then choose what to do with it.")
     name, image = given
-    if task == choices[0]:
+    if task == "Vary an image":
         show(image, [name], config)
-        def strength():
-            help = "Low values keep nearly all of your image, 1 ignores it."
-            return dict(init_image=name, strength=st.slider("Strength", 0.05, 1.0, 0.5, 0.05, help=help))
-        return form(task, key, "Vary", 4, strength, image=image)
-    if st.radio("Where", ["A rectangle", "A mask of yours"], horizontal=True) == "A rectangle":
-        mask = rectangle(model.image_size, config)
-    elif given := upload("The mask: white is inpainted, black is kept", config.image_size, 1):
-        mask = (given[1] > 0).float()
-    else:
+        return form(task, key, "Vary", 4, lambda: strength(name), image=image)
+    mask = choose_mask(model, config)
+    if mask is None:
         return None
-    both = torch.cat([image, torch.where(mask > 0, 1.0, image)])
-    show(both, [name, "white: inpainted"], config)
+    masked = torch.where(mask > 0, 1.0, image)
+    show(torch.cat([image, masked]), [name, "white: inpainted"], config)
     return form(task, key, "Inpaint", 4, lambda: dict(init_image=name), image=image, mask=mask)
 
 # -------------------------------------------------------------------------------------- look inside
@@ -260,63 +329,82 @@ def trajectory_of(key, seed, label):
     model, diffusion, config, precision = open_model(*key)
     config = ddpm.override(config, seed=seed, sampling_steps=min(50, diffusion.T))
     steps = list(ddpm.generate(model, diffusion, config, [0], [label], precision))
-    levels = {t: (x.cpu(), x0.cpu()) for (_, x, _), (t, _, x0) in zip(steps, steps[1:])}
-    result = steps[-1][1].cpu()
-    return levels | {-1: (result, result)}
+    levels = {}
+    for (_, x, _), (t, _, x0) in pairwise(steps):  # x0 was predicted from the x of the step before
+        levels[t] = (x.cpu(), x0.cpu())
+    _, result, _ = steps[-1]
+    levels[-1] = (result.cpu(), result.cpu())
+    return levels
 
 @st.fragment
 def slide(key, name, image, trajectory, label):
-    """The slider over t, and an image in the forward and the reverse process at that level of noise."""
+    """The slider over t, and an image in the forward and the reverse process at that level of
+    noise."""
     model, diffusion, config, precision = open_model(*key)
     levels = sorted(trajectory)[1:]
-    t = st.select_slider("Timestep t: from nearly clean to nearly noise", levels, levels[len(levels) // 3])
+    t = st.select_slider(
+        "Timestep t: from nearly clean to nearly noise",
+        levels,
+        value=levels[len(levels) // 3])
     device = next(model.parameters()).device
-    denoise = ddpm.make_denoiser(model, diffusion, torch.tensor([label], device=device), precision=precision)
+    y = torch.tensor([label], device=device)
+    denoise = ddpm.make_denoiser(model, diffusion, y, precision=precision)
     eps = torch.randn(image.shape, generator=torch.Generator().manual_seed(config.seed))
-    xt = diffusion.q_sample(image.to(device), torch.tensor([t], device=device), eps.to(device))
-    into = torch.cat([image, xt.cpu(), denoise(xt, t).cpu()])
-    out = torch.cat([*trajectory[t], trajectory[-1][0]])
+    t_device = torch.tensor([t], device=device)
+    xt = diffusion.q_sample(image.to(device), t_device, eps.to(device))
+    forward = torch.cat([image, xt.cpu(), denoise(xt, t).cpu()])
+    sample, pred_x0 = trajectory[t]
+    result, _ = trajectory[-1]
+    reverse = torch.cat([sample, pred_x0, result])
     left, right = st.columns(2)
     with left:
-        st.write("**Forward process:** an image, the image noised to t, the x0 that the model predicts "
-                 "from it")
-        show(into, [name, f"at t = {t}", "predicted x0"], config)
+        st.write("**Forward process:** an image, the image noised to t, the x0 that the model "
+                 "predicts from it")
+        show(forward, [name, f"at t = {t}", "predicted x0"], config)
     with right:
-        st.write("**Reverse process:** a sample at t, the x0 that the model predicts from it, the result")
-        show(out, [f"at t = {t}", "predicted x0", "the result"], config)
+        st.write("**Reverse process:** a sample at t, the x0 that the model predicts from it, the "
+                 "result")
+        show(reverse, [f"at t = {t}", "predicted x0", "the result"], config)
 
 @st.cache_data(max_entries=20, show_spinner="Plotting")
 def plots(key, image):
     """The forward process of an image and the noise schedules, as PNGs."""
-    config = open_model(*key)[2]
-    return (written(lambda path: ddpm.plot_forward_process(torch.tensor(image), config, path)),
-            written(lambda path: ddpm.plot_schedules(config, path)))
+    _, _, config, _ = open_model(*key)
+    x0 = torch.tensor(image)
+    forward = written(lambda path: ddpm.plot_forward_process(x0, config, path))
+    schedules = written(lambda path: ddpm.plot_schedules(config, path))
+    return forward, schedules
 
 def look_inside(key):
     model, diffusion, config, _ = open_model(*key)
-    label = "An image of yours; without one, the model generates it"
-    given = upload(label, config.image_size, model.image_channels)
+    question = "An image of yours; without one, the model generates it"
+    given = upload(question, config.image_size, model.image_channels)
     left, right = st.columns(2)
     seed = left.number_input("Seed of the model's image", 0, LAST_SEED, 0)
     label = -1
     if model.class_names:
-        label = model.class_names.index(right.selectbox("Its class", model.class_names))
+        class_name = right.selectbox("Its class", model.class_names)
+        label = model.class_names.index(class_name)
     trajectory = trajectory_of(key, seed, label)
-    name, image = given or ("the model's image", trajectory[-1][0])
+    generated, _ = trajectory[-1]
+    name, image = given or ("the model's image", generated)
     slide(key, name, image, trajectory, label)
     forward, schedules = plots(key, image.numpy())
     st.write(f"**The forward process**, for T = {diffusion.T} timesteps:")
     st.image(forward, width="stretch", alt="The image under more and more noise")
     st.write("**The schedule** sets how much of the image is left at each timestep:")
-    st.image(schedules, width="stretch", alt="Signal and signal-to-noise ratio of the noise schedules")
+    meaning = "Signal and signal-to-noise ratio of the noise schedules"
+    st.image(schedules, width="stretch", alt=meaning)
 
 # -------------------------------------------------------------------------------------- watch a run
 
 def run_files():
     """Every run's metrics.jsonl in samples/ and two folders deep in the project, newest first."""
-    name, here = "metrics.jsonl", Path()
-    found = {*Path("samples").rglob(name), *here.glob(f"*/{name}"), *here.glob(f"*/*/{name}")}
-    return sorted(found, key=lambda path: (-path.stat().st_mtime, path))
+    found = {
+        *Path("samples").rglob("metrics.jsonl"),
+        *Path().glob("*/metrics.jsonl"),
+        *Path().glob("*/*/metrics.jsonl")}
+    return newest_first(found)
 
 def read_run(path):
     """The Config of a run, and the training rows that it has logged so far."""
@@ -327,12 +415,15 @@ def progress_of(config, row):
     """The progress of a run at one of its rows, 0 to 1."""
     if config.steps:
         return row["step"] / config.steps
-    return row["epoch"] / config.epochs if config.epochs else row["seconds"] / 60 / config.minutes
+    if config.epochs:
+        return row["epoch"] / config.epochs
+    return row["seconds"] / 60 / config.minutes
 
 def time_left(config, rows):
     """Seconds until a run ends, at the speed of its last rows; None before there are two."""
-    first = rows[-20:][0]
-    last = rows[-1]
+    recent = rows[-20:]
+    first = recent[0]
+    last = recent[-1]
     seconds = last["seconds"] - first["seconds"]
     progress = progress_of(config, last) - progress_of(config, first)
     if progress <= 0:
@@ -345,22 +436,31 @@ def in_words(seconds):
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 def plot_losses(rows):
-    """The loss as a graph in the browser, in all and by quarter of the timesteps, on a scale of powers."""
+    """The loss as a graph in the browser, in all and by quarter of the timesteps, on a scale of
+    powers."""
     lines = {"all": [(row["step"], row["loss"]) for row in rows]}
     for q, name in enumerate(ddpm.QUARTERS):
-        lines[name] = [(row["step"], loss) for row in rows if (loss := row["loss_quarters"][q]) is not None]
+        measured = [row for row in rows if row["loss_quarters"][q] is not None]
+        lines[name] = [(row["step"], row["loss_quarters"][q]) for row in measured]
     points = []
     for name, line in lines.items():
-        steps, losses = zip(*line) if line else ((), ())
-        smoothed = np.array([*zip(steps, ddpm.smooth(losses))])
+        steps = [step for step, _ in line]
+        losses = ddpm.smooth([loss for _, loss in line])
+        smoothed = np.array([*zip(steps, losses)])
         for step, loss in ddpm.evenly_spaced(smoothed, 300).tolist():
             points.append(dict(step=step, loss=loss, of=name))
+    few = dict(tickCount=5)
+    powers = dict(type="log", nice=False)
     legend = dict(orient="bottom", direction="vertical", title=None)
-    spec = dict(mark="line", height=380, encoding=dict(
-        x=dict(field="step", type="quantitative", axis=dict(tickCount=5)),
-        y=dict(field="loss", type="quantitative", scale=dict(type="log", nice=False), axis=dict(tickCount=5)),
-        color=dict(field="of", type="nominal", sort=[*lines], legend=legend)))
-    st.vega_lite_chart(points, spec, width="stretch", alt="The loss, in all and by quarter of the timesteps")
+    encoding = dict(
+        x=dict(field="step", type="quantitative", axis=few),
+        y=dict(field="loss", type="quantitative", axis=few, scale=powers),
+        color=dict(field="of", type="nominal", sort=list(lines), legend=legend))
+    st.vega_lite_chart(
+        points,
+        dict(mark="line", height=380, encoding=encoding),
+        width="stretch",
+        alt="The loss, in all and by quarter of the timesteps")
 
 @st.fragment(run_every=3)
 def follow(path):
@@ -379,17 +479,21 @@ def follow(path):
         elif age > 300:
             state = f"no new line for {in_words(age)}: stopped, or busy sampling previews"
         st.progress(progress, f"Step {row['step']}, {progress:.0%}: {state}")
-        numbers = {"Loss": f"{row['loss']:.4f}", "Images per second": f"{row['images_per_s']:.0f}",
-                   "Epochs": f"{row['epoch']:.1f}"}
+        numbers = {
+            "Loss": f"{row['loss']:.4f}",
+            "Images per second": f"{row['images_per_s']:.0f}",
+            "Epochs": f"{row['epoch']:.1f}"}
         for place, (label, value) in zip(st.columns(3), numbers.items()):
             place.metric(label, value)
         left, right = st.columns(2)
         with left:
             plot_losses(rows)
         for kind, meaning in GRIDS.items():
-            files = sorted(path.parent.glob(f"{kind}_epoch*.png"), key=lambda file: file.stat().st_mtime)
-            for file in files[-1:]:
-                right.image(file.read_bytes(), f"{meaning} ({file.name})", width="stretch", alt=meaning)
+            grids = path.parent.glob(f"{kind}_epoch*.png")
+            newest = max(grids, key=lambda file: file.stat().st_mtime, default=None)
+            if newest:
+                caption = f"{meaning} ({newest.name})"
+                right.image(newest.read_bytes(), caption, width="stretch", alt=meaning)
 
 def watch():
     files = run_files()
@@ -418,8 +522,14 @@ def errors_shown():
 def main():
     st.set_page_config("ddpm.py", layout="wide")
     st.title("ddpm.py")
-    section = st.segmented_control("Section", SECTIONS, default="Generate", required=True, key="section",
-                                   bind="query-params", label_visibility="collapsed")
+    section = st.segmented_control(
+        "Section",
+        SECTIONS,
+        default="Generate",
+        required=True,
+        key="section",
+        bind="query-params",
+        label_visibility="collapsed")
     with errors_shown():
         if section == "Watch a run":
             watch()

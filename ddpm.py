@@ -72,11 +72,12 @@ RESUME = ("resume",)
 SAMPLE = ("sample",)
 BOTH = ("resume", "sample")
 
-def flag(default, meaning, low=None, high=math.inf, choices=None, group=None, change=(),
+def flag(default, meaning, low=None, high=math.inf, choices=None, group=None, change_on=(),
          stored=True):
     """A setting. choices: separated by blanks. group: the heading in --help that it begins.
-    change: see above. stored: False if the value in a checkpoint is never used."""
-    metadata = dict(meaning=meaning, low=low, high=high, group=group, change=change, stored=stored)
+    change_on: see above. stored: False if the value in a checkpoint is never used."""
+    metadata = dict(meaning=meaning, low=low, high=high, group=group, change_on=change_on,
+                    stored=stored)
     metadata["choices"] = choices.split() if choices else None
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -86,10 +87,11 @@ DATASETS = {  # torchvision's name of each
 
 @dataclasses.dataclass
 class Config:
-    """Every setting, its default (preset `animals`) and meaning. The command line is made of it."""
+    """Every setting, its default and meaning. The command line is made of it. The defaults, which
+    are also read as Config.steps and so on, are the recipe `animals`."""
     preset: str = flag("animals", "recipe; any other flag overrides it", group="recipe")
     data_path: str = flag("animal_data", f"folder, or one of {' '.join(DATASETS)}", group="data")
-    download_dir: str = flag("data", "folder for downloads and decoded images", change=RESUME)
+    download_dir: str = flag("data", "folder for downloads and decoded images", change_on=RESUME)
     image_size: int = flag(64, "side of the square images, in pixels", 8, 1024)
     max_images: int | None = flag(None, "use at most N random images (default: all)", 1, 10**12)
     hflip: bool = flag(False, "mirror half of the training images, left to right")
@@ -115,11 +117,13 @@ class Config:
     class_cond: bool = flag(True, "condition on the class, where the data has two or more")
     label_dropout: float = flag(0.1, "fraction of labels hidden in training, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
-    steps: int | None = flag(3000, "length in steps,", 1, 10**12, group="training", change=RESUME)
-    epochs: float | None = flag(None, "or length in epochs,", 1e-6, 1e9, change=RESUME)
-    minutes: float | None = flag(None, "or time budget in minutes", 1e-3, 1e7, change=RESUME)
+    steps: int | None = flag(3000, "length of training in steps", 1, 10**12, group="training",
+                             change_on=RESUME)
+    epochs: float | None = flag(None, "its length in epochs instead", 1e-6, 1e9, change_on=RESUME)
+    minutes: float | None = flag(None, "its time budget in minutes instead", 1e-3, 1e7,
+                                 change_on=RESUME)
     batch_size: int = flag(16, "images per optimiser step, over all processes", 1, 10**6)
-    grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change=RESUME)
+    grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change_on=RESUME)
     lr: float = flag(1e-3, "learning rate after warm-up", 1e-9, 10)
     optimizer: str = flag("adamw", "optimiser", choices="adam adamw")
     weight_decay: float = flag(0.0, "weight decay, decoupled with adamw", 0, 10)
@@ -128,39 +132,41 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off", 0, 1e9)
     ema_decay: float = flag(0.999, "largest decay of the EMA weights; 0 is off", 0, 0.999999)
     precision: str = flag("auto", "number format of the network; auto: bf16 where it is built in",
-                          choices="auto fp32 bf16 fp16", change=SAMPLE)
-    compile: bool = flag(False, "torch.compile the network; for long runs on a GPU", change=RESUME)
-    checkpointing: bool = flag(False, "recompute activations, to save memory (unet)", change=RESUME)
-    device: str = flag("auto", "where to compute", choices="auto cpu cuda mps", change=BOTH)
-    seed: int = flag(0, "seed of everything random", 0, 2**63 - 1, change=SAMPLE)
+                          choices="auto fp32 bf16 fp16", change_on=SAMPLE)
+    compile: bool = flag(False, "torch.compile the network: for long GPU runs", change_on=RESUME)
+    checkpointing: bool = flag(False, "recompute activations to save memory (unet)",
+                               change_on=RESUME)
+    device: str = flag("auto", "where to compute", choices="auto cpu cuda mps", change_on=BOTH)
+    seed: int = flag(0, "seed of everything random", 0, 2**63 - 1, change_on=SAMPLE)
     resume: str | None = flag(None, "resume a run: from this step checkpoint, or the latest",
-                              group="running", change=RESUME, stored=False)
-    init_from: str | None = flag(None, "start from these weights", change=RESUME, stored=False)
-    save_every: int = flag(500, "steps between checkpoints", 1, 10**9, change=RESUME)
-    sample_every: int = flag(1500, "steps between grids of samples", 1, 10**9, change=RESUME)
-    log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9, change=RESUME)
-    keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6, change=RESUME)
-    logger: str = flag("none", "also log to", choices="none tensorboard wandb", change=RESUME)
-    dry_run: bool = flag(False, "check data and memory with one step, then exit", change=RESUME)
+                              group="running", change_on=RESUME, stored=False)
+    init_from: str | None = flag(None, "start from these weights", change_on=RESUME, stored=False)
+    save_every: int = flag(500, "steps between checkpoints", 1, 10**9, change_on=RESUME)
+    sample_every: int = flag(1500, "steps between grids of samples", 1, 10**9, change_on=RESUME)
+    log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9, change_on=RESUME)
+    keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6, change_on=RESUME)
+    logger: str = flag("none", "also log to", choices="none tensorboard wandb", change_on=RESUME)
+    dry_run: bool = flag(False, "check data and memory with one step, then exit", change_on=RESUME)
     model_path: str = flag("saved_models/denoise_model.pt", "what train writes and sample reads",
-                           group="places", change=BOTH)
-    samples_dir: str = flag("samples", "folder for images, plots and metrics.jsonl", change=BOTH)
-    num_samples: int = flag(25, "images to sample", 1, 10**7, group="sampling", change=BOTH)
-    sample_batch_size: int = flag(64, "images sampled at a time", 1, 10**5, change=BOTH)
-    sampler: str = flag("ddpm", "sampling algorithm", choices="ddpm ddim dpm++", change=BOTH)
-    sampling_steps: int = flag(20, "steps from noise to image, at most T", 1, 10**5, change=BOTH)
-    eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1, change=BOTH)
-    classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change=BOTH)
-    guidance: float = flag(2.0, "scale of classifier-free guidance; 1 is off", 0, 100, change=BOTH)
-    ema: bool = flag(True, "sample with the EMA weights", change=BOTH)
-    individual: str | None = flag(None, "folder for single images too", change=BOTH, stored=False)
-    gif: bool = flag(False, "also write the reverse process as an animation", change=BOTH)
-    init_image: str | None = flag(None, "image to start from, not noise", change=BOTH, stored=False)
+                           group="places", change_on=BOTH)
+    samples_dir: str = flag("samples", "folder for images, plots and metrics.jsonl", change_on=BOTH)
+    num_samples: int = flag(25, "images to sample", 1, 10**7, group="sampling", change_on=BOTH)
+    sample_batch_size: int = flag(64, "images sampled at a time", 1, 10**5, change_on=BOTH)
+    sampler: str = flag("ddpm", "sampling algorithm", choices="ddpm ddim dpm++", change_on=BOTH)
+    sampling_steps: int = flag(20, "steps from noise to image, at most T", 1, 10**5, change_on=BOTH)
+    eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1, change_on=BOTH)
+    classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change_on=BOTH)
+    guidance: float = flag(2.0, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
+    ema: bool = flag(True, "sample with the EMA weights", change_on=BOTH)
+    individual: str | None = flag(None, "folder for single files", change_on=BOTH, stored=False)
+    gif: bool = flag(False, "also write the reverse process as an animation", change_on=BOTH)
+    init_image: str | None = flag(None, "image to start from instead of noise", change_on=BOTH,
+                                  stored=False)
     strength: float | None = flag(None, "how far back towards noise (default: 0.5; with --mask 1)",
-                                  0.001, 1, change=BOTH, stored=False)
-    mask: str | None = flag(None, "inpaint where this image is white", change=BOTH, stored=False)
+                                  0.001, 1, change_on=BOTH, stored=False)
+    mask: str | None = flag(None, "inpaint where this image is white", change_on=BOTH, stored=False)
     interpolate: int | None = flag(None, "go from the first image of --seed to that of this seed",
-                                   0, 2**63 - 1, change=BOTH, stored=False)
+                                   0, 2**63 - 1, change_on=BOTH, stored=False)
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 LENGTHS = ("steps", "epochs", "minutes")
@@ -176,8 +182,9 @@ def flag_groups():
 
 def changeable(command):
     """The settings of a checkpoint that may change to "resume" its run or "sample" from it."""
-    return {name for name, field in FIELDS.items() if command in field.metadata["change"]}
+    return {name for name, field in FIELDS.items() if command in field.metadata["change_on"]}
 
+# Settings that several recipes share; each recipe is Config's defaults changed by its entry.
 FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128,
                num_samples=50)
 PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False,
@@ -252,14 +259,16 @@ def check_value(name, value, field):
     types = {field.type, *typing.get_args(field.type)}  # of float | None: float and NoneType too
     if float in types:
         types.add(int)
+    type_name = field.type.__name__ if isinstance(field.type, type) else field.type
+    wrong_type = f"--{name} {value!r}: give {type_name}."
     values = [value]
     if typing.get_origin(field.type) is tuple:
-        values = value if type(value) is tuple else [None]  # None is none of its types
-    type_name = field.type.__name__ if isinstance(field.type, type) else field.type
+        require(type(value) is tuple, wrong_type)
+        values = value
     low, high = field.metadata["low"], field.metadata["high"]
     for v in values:
         is_path = type(v) is not str or "\0" not in v  # no file name holds a zero byte
-        require(type(v) in types and is_path, f"--{name} {value!r}: give {type_name}.")
+        require(type(v) in types and is_path, wrong_type)
         if low is not None and v is not None:
             require(low <= v <= high and v != math.inf,
                     f"--{name} {v} is out of range: give {low} to {high}.")
@@ -271,7 +280,7 @@ def check_diffusion(config):
     first, last = beta_range(T, start, end)
     require(first <= last,
             f"--beta_start {first:g} is above --beta_end {last:g}: noise has to grow.")
-    require(make_diffusion(config).abar[-2] > 1e-60,
+    require(make_diffusion(config).abar_T > 1e-60,
             f"--timesteps {T} with such betas leaves nothing of an image: give fewer timesteps, or "
             "a smaller --beta_start and --beta_end.")
 
@@ -359,10 +368,12 @@ class Diffusion:
         self.loss_fn = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss]
         abar = torch.cumprod(1 - betas.double().cpu(), 0)  # (T,)
         self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # (T + 1,)
+        self.abar_T = abar[-1].item()  # what is left of an image at the last timestep
         weight = torch.ones_like(abar)
         if min_snr:  # Hang et al. 2023, section 3.4: the error of x0 is weighted min(snr, gamma)
             snr = abar / (1 - abar)
-            error_ratio = {"x0": 1, "eps": snr, "v": snr + 1}[predict]  # to that of x0
+            # A squared error of x0 is this many times as large as an error of eps or v.
+            error_ratio = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
             weight = snr.clamp(max=min_snr) / error_ratio
         # What is looked up by a tensor of t: (T,) float32, on the device.
         self.a = abar.sqrt().float().to(device)
@@ -403,15 +414,16 @@ class Diffusion:
 
     def posterior_std(self, t, u):
         """Std of q(x_u | x_t, x_0): "fixed-small" (Ho et al. 2020, eq. 7)."""
-        at, au = self.abar[t].item(), self.abar[u].item()
-        return math.sqrt((1 - au) / (1 - at)) * self.forward_std(t, u)
+        noise_ratio = (1 - self.abar[u].item()) / (1 - self.abar[t].item())
+        return math.sqrt(noise_ratio) * self.forward_std(t, u)
 
     def posterior(self, xt, x0, t, u, eta=1.0):
         """Mean (N, C, H, W) and std of x_u given x_t and x_0 (Song et al. 2021, eq. 7)."""
-        at, au = self.abar[t].item(), self.abar[u].item()
+        abar_t = self.abar[t].item()
+        abar_u = self.abar[u].item()
         std = eta * self.posterior_std(t, u)  # at eta = 1 Ho et al. 2020, eq. 7
-        eps = (xt - math.sqrt(at) * x0) / math.sqrt(1 - at)
-        mean = math.sqrt(au) * x0 + math.sqrt(max(1 - au - std**2, 0)) * eps
+        eps = (xt - math.sqrt(abar_t) * x0) / math.sqrt(1 - abar_t)
+        mean = math.sqrt(abar_u) * x0 + math.sqrt(max(1 - abar_u - std**2, 0)) * eps
         return mean, std
 
     def step(self, xt, x0, t, u, eta=0.0, noise=None):
@@ -443,23 +455,23 @@ def ddim(diffusion, denoise, x, ts, noise, eta=0.0):
     """Song et al. 2021, eq. 12: deterministic at eta = 0."""
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
-        fresh = noise() if eta > 0 and u >= 0 else None  # the last step adds no noise
-        x = diffusion.step(x, x0, t, u, eta, fresh)
+        mean, std = diffusion.posterior(x, x0, t, u, eta)
+        x = mean + std * noise() if eta > 0 and u >= 0 else mean  # the last step adds no noise
         yield t, x, x0
 
 def dpmpp(diffusion, denoise, x, ts, noise, eta=0.0):
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), deterministic: noise and eta are ignored."""
-    alpha = diffusion.abar.sqrt().tolist()
-    sigma = (1 - diffusion.abar).sqrt().tolist()
+    a = diffusion.abar.sqrt().tolist()  # alpha and sigma in the paper
+    s = (1 - diffusion.abar).sqrt().tolist()
     last_x0 = last_h = None
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
         if u < 0:  # the log-SNR of clean data is infinite; the limit of the step is x0
             x = x0
         else:
-            h = math.log(alpha[u] / sigma[u]) - math.log(alpha[t] / sigma[t])
+            h = math.log(a[u] / s[u]) - math.log(a[t] / s[t])
             D = x0 if last_x0 is None else x0 + (x0 - last_x0) * (h / last_h / 2)
-            x = sigma[u] / sigma[t] * x - alpha[u] * math.expm1(-h) * D
+            x = s[u] / s[t] * x - a[u] * math.expm1(-h) * D
             last_x0, last_h = x0, h
         yield t, x, x0
 
@@ -490,7 +502,8 @@ def make_denoiser(model, diffusion, y=None, guidance=1.0, clip=True, precision="
     return denoise
 
 class ImageNoise:
-    """noise() -> (n, *shape), from one generator per image: batch size and device do not matter."""
+    """noise() -> (n, *shape), from one generator per image, seeded by (seed, number of the image):
+    an image depends neither on the batch size nor on the device."""
     def __init__(self, seed, indices, shape, device):
         self.generators = [torch.Generator().manual_seed(derive_seed(seed, i)) for i in indices]
         self.shape = shape
@@ -500,7 +513,7 @@ class ImageNoise:
         noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
         return to_device(noise, self.device)
 
-# What a seed is derived for: the second number of `derive_seed`.
+# What else a seed is derived for, as the second number of `derive_seed`.
 Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
 
 def derive_seed(*numbers):
@@ -607,6 +620,8 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
+        # Between the pixels of the upsampled map a 3x3 weight meets one input pixel or its
+        # neighbour: shifted by one and added in each direction, they are the 4x4 kernel.
         kernel = self.conv.weight                                           # (C, C, 3, 3)
         kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # (C, C, 4, 3)
         kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))              # (C, C, 4, 4)
@@ -615,9 +630,9 @@ class Upsample(nn.Module):
 
 class UNet(nn.Module):
     """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. attention: "full",
-    "linear" or "none" in the stages whose numbers are given, and full in the middle unless "none".
-    num_classes: 0 for none. patch: side of the squares that become channels (pixel unshuffle).
-    Sides of images must be divisible by patch * 2^(stages - 1)."""
+    "linear" or "none". attention_stages: the stages that have it, from 0, the largest; unless it is
+    "none" the middle has full attention. num_classes: 0 for none. patch: side of the squares that
+    become channels (pixel unshuffle). Sides of images: multiples of patch * 2^(stages - 1)."""
     def __init__(self, image_channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
                  res_blocks=2, attention="full", attention_stages=(1,), dropout=0.0, num_classes=0,
                  patch=1):
@@ -771,7 +786,7 @@ class ResNetUNet(nn.Module):
 
     def forward(self, x, t, y=None):
         emb = self.embed(t, y)
-        maps = [self.conv_in(x)]
+        maps = [self.conv_in(x)]  # only for the decoder: the encoder begins at x
         h = x
         for stage, time_layer, attention in zip(self.encoder, self.time, self.attention):
             h = stage(h) + time_layer(F.silu(emb))[:, :, None, None]
@@ -843,9 +858,10 @@ def open_image(path):
 def to_8_bits(image):
     """A PIL image of 16 bits, or of floats up to 1, 255 or 65535, as one of 8 bits."""
     values = np.asarray(image, dtype=np.float64)
-    limits = (1, 255) if image.mode[0] == "F" else ()
-    largest = next((limit for limit in limits if values.max() <= limit), 65535)
-    return Image.fromarray((values / largest * 255).clip(0, 255).round().astype(np.uint8))
+    white = 65535
+    if image.mode[0] == "F" and values.max() <= 255:
+        white = 1 if values.max() <= 1 else 255
+    return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
 
 def decode(image, size, channels):
     """A PIL image's central square: (channels, side, side) uint8, with side = `network_size`."""
@@ -948,20 +964,31 @@ def torchvision_source(name, root):
 
 def load_images(config, device="cpu"):
     """The images of a Config, decoded, as `Images`. UserError for none, or too many bad ones."""
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # downloads and decodes for its machine
-    if dist.is_initialized() and not is_first:
-        dist.barrier()
-    path = Path(config.data_path)
-    if config.data_path == Config.data_path and not path.exists():
-        path = HERE / path  # the starter images
+    with main_process_first():  # it downloads and decodes for its machine
+        source = open_source(config)
+        chosen = choose_images(config, len(source.names))
+        decoded = decode_cached(config, source, chosen)
+    return Images(source, chosen, *decoded, config, device)
+
+def open_source(config):
+    """The ImageSource of --data_path."""
     if config.data_path in DATASETS:
-        source = torchvision_source(config.data_path, config.download_dir)
-    else:
-        source = folder_source(path)
-    chosen = np.arange(len(source.names))
-    if config.max_images and config.max_images < len(chosen):
+        return torchvision_source(config.data_path, config.download_dir)
+    folder = Path(config.data_path)
+    if config.data_path == Config.data_path and not folder.exists():
+        folder = HERE / folder  # the starter images, from wherever ddpm.py is called
+    return folder_source(folder)
+
+def choose_images(config, n):
+    """The numbers of --max_images of n images, or of all: sorted."""
+    chosen = np.arange(n)
+    if config.max_images and config.max_images < n:
         rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
         chosen = np.sort(rng.permutation(chosen)[: config.max_images])
+    return chosen
+
+def decode_cached(config, source, chosen):
+    """What `read_cache` returns for the chosen images; decoded first if there is no cache yet."""
     key = json.dumps([DECODER_VERSION, config.image_size, source.key, chosen.tolist()])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     cache = Path(config.download_dir, "decoded", f"{digest}.npy")
@@ -969,9 +996,7 @@ def load_images(config, device="cpu"):
         decode_all(source, chosen, config.image_size, cache)
     decoded = read_cache(cache)
     require(decoded, f"{cache} cannot be read back: give another --download_dir.")
-    if dist.is_initialized() and is_first:
-        dist.barrier()  # the other processes go on, and find it done
-    return Images(source, chosen, *decoded, config, device)
+    return decoded
 
 def read_cache(path):
     """What `decode_all` wrote: pixels (N, C, H, W) uint8 and {row: error}; or None."""
@@ -1266,7 +1291,7 @@ def step_folder(model_path):
     return path.with_name(path.stem + "_steps")
 
 def step_files(model_path):
-    """A model's step checkpoints, oldest first."""
+    """A model's step checkpoints, oldest first: names of eight digits sort by step."""
     return sorted(step_folder(model_path).glob("step_*.pt"))
 
 def find_resume(config):
@@ -1330,6 +1355,16 @@ def start_runtime(config):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # while one decodes
     return Runtime(device, precision, rank, world_size)
+
+@contextlib.contextmanager
+def main_process_first():
+    """What is done in this context one process of each machine does before the others."""
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if dist.is_initialized() and not is_first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_first:
+        dist.barrier()
 
 def leave_processes():
     if dist.is_initialized():
@@ -1427,17 +1462,16 @@ class Agreement:
 
     def update(self, step, stop_signal, progress):
         """Any process may ask to stop; with --minutes the clock of rank 0 counts."""
+        if self.runtime.world_size == 1 or not self.by_clock:
+            self.progress = progress  # a function of the step is the same in all processes
         if self.runtime.world_size == 1:
             self.stop_signal = stop_signal
-            self.progress = progress
-            return
-        if step % 10 == 0 or step in self.ends:  # not more often: it takes time
+        elif step % 10 == 0 or step in self.ends:  # not more often: it takes time
             vote = torch.tensor([stop_signal, progress if self.runtime.is_main else 0.0])
             dist.all_reduce(vote, dist.ReduceOp.MAX)
             self.stop_signal = int(vote[0])
-            self.progress = vote[1].item()
-        if not self.by_clock:
-            self.progress = progress  # a function of the step, the same in all processes
+            if self.by_clock:
+                self.progress = vote[1].item()
 
 # ----------------------------------------------------------------------------------------- training
 
@@ -1566,7 +1600,8 @@ def train(config):
     if not config.resume:
         return train_run(config)
     path, checkpoint = find_resume(config)
-    return train_run(resumed_config(checkpoint, path, dataclasses.asdict(config)), checkpoint)
+    given = dataclasses.asdict(config)  # all of it: a default cannot be told from what was asked
+    return train_run(resumed_config(checkpoint, path, given), checkpoint)
 
 def resumed_config(checkpoint, path, given):
     """The Config in a checkpoint, to resume its run with the settings `given`."""
@@ -1630,15 +1665,18 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
     """Train to the end or a stop request. Returns its signal, or 0. logger: None unless is_main."""
     meter = LossMeter(diffusion.T, runtime)
     agreement = Agreement(config, state, runtime)
-    start_step = last_preview_step = state.step
+    start_step = state.step
     state.started = time.monotonic()  # --minutes counts from here
     with stop_requests() as stop, progress_bar(state, runtime) as bar:
         while True:
             # ------------------------------------------- agree whether to go on, log, save, preview
             agreement.update(state.step, stop.signal, state.progress())
             finished = agreement.progress >= 1
-            leaving = finished or agreement.stop_signal
-            save_due = leaving or state.step % config.save_every == 0
+            stop_signal = 0 if finished else agreement.stop_signal  # too late to leave out the end
+            leaving = finished or stop_signal
+            # Sampling a preview can take longer than whoever asks for a stop waits: save before.
+            preview_due = finished or state.step % config.sample_every == 0
+            save_due = leaving or preview_due or state.step % config.save_every == 0
             if save_due or state.step % config.log_every == 0:
                 first_bad = meter.first_bad.item()  # waits for the device
                 if first_bad >= 0:
@@ -1647,18 +1685,16 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                 if logger and means:
                     logger.log_training(state, means)
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-            if save_due and logger and state.step > start_step:
+            if save_due and logger and state.step > start_step:  # a run that resumes has both
                 logger.files += state.save()
-            preview_due = finished or state.step % config.sample_every == 0
-            if preview_due and state.step > last_preview_step and not agreement.stop_signal:
-                last_preview_step = state.step
+            if preview_due and state.step > start_step and not stop_signal:
                 before = time.monotonic()
-                preview = previewer.make(state.ema, stop)
-                if logger and preview:
+                preview = previewer.make(state.ema)
+                if logger:
                     logger.log_preview(state, preview)
                 meter.since += time.monotonic() - before  # not spent on training
             if leaving:
-                return agreement.stop_signal
+                return stop_signal
             # -------------------------------------------------------------------- one training step
             state.lr = learning_rate(config, state.step, agreement.progress)
             train_step(config, state, diffusion, runtime, meter)
@@ -1715,7 +1751,7 @@ def print_banner(config, state, runtime, origin):
     """Print what the run will do. origin: where its weights come from; None: random."""
     images = state.images
     n = len(images.train)
-    abar = make_diffusion(config).abar[-2].item()
+    abar_T = make_diffusion(config).abar_T
     parameters = sum(p.numel() for p in state.model.parameters())
     labels = images.labels[images.train]
     counts = torch.bincount(labels[labels >= 0], minlength=len(images.all_class_names)).tolist()
@@ -1737,13 +1773,13 @@ def print_banner(config, state, runtime, origin):
           f"device    {describe_device(runtime.device)}, {runtime.precision}, processes "
           f"{runtime.world_size}, torch {torch.__version__}\n"
           f"diffusion T {config.timesteps}, {config.schedule}, predicts {config.predict}, "
-          f"{config.loss} loss, abar_T {abar:.2g}\n"
+          f"{config.loss} loss, abar_T {abar_T:.2g}\n"
           f"plan      {length} in batches of {config.batch_size}; a checkpoint every "
           f"{config.save_every} steps, the last {config.keep_last} kept in "
           f"{step_folder(config.model_path).resolve()}")
     if counts and max(counts) > 10 * min(counts):
         print("warning: the classes are far out of balance; expect the small ones to look worse")
-    if abar > 0.01:
+    if abar_T > 0.01:
         print("warning: abar_T is above 0.01: sampling starts from purer noise than the network "
               "is trained on. Leave out --beta_start and --beta_end (a recipe's own go with "
               "--schedule cosine), or expect wrong colours")
@@ -1799,9 +1835,6 @@ class Preview:
     generated: torch.Tensor
     validation_loss: float | None
 
-class StopSampling(Exception):
-    """Raised by the on_step of `sample_images` to end it early."""
-
 class Previewer:
     """Makes previews of the same images, timesteps and noise each time, so that grids compare."""
     def __init__(self, config, images, diffusion, runtime):
@@ -1822,22 +1855,15 @@ class Previewer:
         eps = torch.randn(x0.shape, generator=generator)
         return x0, t.to(device), eps.to(device), y
 
-    def make(self, ema, stop):
-        """A Preview; None if a single process is asked to stop meanwhile."""
-        def check_stop(start, t, x):
-            if stop.signal and self.runtime.world_size == 1:
-                raise StopSampling
-
+    def make(self, ema):
+        """A Preview of the EMA weights."""
         x0, t, eps, y = self.examples
         xt = self.diffusion.q_sample(x0, t, eps)
         with torch.no_grad(), autocast(self.runtime.device, self.runtime.precision):
             predicted = self.diffusion.predict_x0(ema(xt, t, y).float(), xt, t)
             validation_loss = self.validation_loss(ema)
-        try:
-            generated = sample_images(ema, self.diffusion, self.config, self.labels,
-                                      self.runtime.precision, check_stop)
-        except StopSampling:
-            return None
+        generated = sample_images(
+            ema, self.diffusion, self.config, self.labels, self.runtime.precision)
         size = self.config.image_size
         clean, noisy, predicted = (crop(to_pixels(x).cpu(), size) for x in (x0, xt, predicted))
         return Preview(t.tolist(), clean, noisy, predicted, generated, validation_loss)
@@ -1861,7 +1887,7 @@ def read_metrics(path):
     renamed = dict(pictures_per_s="images_per_s", held_out_loss="validation_loss")  # in older files
     rows = []
     for row in lines[1:]:
-        if isinstance(row, dict) and "step" in row:  # a crash can leave anything
+        if isinstance(row, dict) and type(row.get("step")) is int:  # a crash can leave anything
             rows.append({renamed.get(key, key): value for key, value in row.items()})
     return lines[0], rows
 
@@ -1878,7 +1904,7 @@ class MetricsLogger:
     def open(self, data, step):
         """Write the first line and, of a run that is resumed at this step, the rows before it."""
         if step:
-            with contextlib.suppress(UserError, KeyError, TypeError, AttributeError, OSError):
+            with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
                 _, rows = read_metrics(self.path)
                 self.rows = [row for row in rows if row["step"] <= step]
         head = dict(config=dataclasses.asdict(self.config), data=data, torch=torch.__version__,
@@ -2030,7 +2056,7 @@ def sample_images(model, diffusion, config, labels, precision, on_step=None, ima
         for t, x, _ in steps:
             if on_step:
                 on_step(start, t, x)
-        batches.append(crop(to_pixels(x), size).cpu())
+        batches.append(crop(to_pixels(x), size).cpu())  # x of the last step
     pixels = torch.cat(batches)
     if world_size == 1:
         return pixels

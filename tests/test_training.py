@@ -569,7 +569,7 @@ def test_the_validation_loss_is_measured_on_all_classes(tmp_path):
     model = ddpm.build_model(ddpm.override(config, channels=4, channel_mults=(1,)), 1, images.class_names)
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     runtime = ddpm.Runtime(torch.device("cpu"), "fp32", 0, 1)
-    ddpm.Previewer(config, images, ddpm.make_diffusion(config), runtime).make(model, ddpm.StopRequest())
+    ddpm.Previewer(config, images, ddpm.make_diffusion(config), runtime).make(model)
     labels = torch.cat([y for y in seen if len(y) == 64])
     assert len(labels) == 256 and 100 < (labels == 1).sum() < 156
 
