@@ -1,4 +1,4 @@
-"""What the tests share: the program, a tiny folder of pictures, and ways to run the command line."""
+"""What the tests share: the program, a tiny folder of images, and ways to run the command line."""
 
 import json
 import os
@@ -26,7 +26,9 @@ TINY = """--image_size 16 --patch 1 --channels 8 --channel_mults 1 2 --attention
 
 def words(*flags):
     """Flags as a list of strings: "--steps 2", path -> --steps, 2, path."""
-    return [word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])]
+    return [
+        word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])
+    ]
 
 
 def exit_code(main, *flags):
@@ -38,7 +40,7 @@ def exit_code(main, *flags):
 
 
 def places(folder, data):
-    """The flags that name the pictures and send all output below a folder."""
+    """The flags that name the images and send all output below a folder."""
     return [
         *words("--data_path", data, "--model_path", folder / "model.pt"),
         *words("--samples_dir", folder / "samples", "--download_dir", folder / "data"),
@@ -57,16 +59,21 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_configure():
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: tests send it
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as in a shell's background: tests send it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    ddpm.keep_memory = lambda: None  # it is for a process of its own; this one would grow to gigabytes
+    ddpm.keep_memory = lambda: (
+        None
+    )  # it is for a process of its own; this one would grow to gigabytes
     torch.set_num_threads(1)  # for networks this small a second thread costs more than it gives
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """24 pictures of 20x20 pixels in three classes: discs, squares and stripes in colours of their own."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def image_folder(tmp_path_factory):
+    """24 images of 20x20 pixels in three classes: discs, squares and stripes, each of two
+    colours."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     y, x = np.mgrid[:20, :20]
     for name in ("disc", "square", "stripes"):
         (root / name).mkdir()
@@ -90,14 +97,17 @@ def program(tmp_path):
 
     def run(*flags, file=ROOT / "ddpm.py", cwd=tmp_path, launcher=()):
         command = [sys.executable, *launcher, str(file), *words(*flags)]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        )
 
     return run
 
 
 @pytest.fixture
 def main(tmp_path, monkeypatch):
-    """main(*flags) runs the command line inside this process, in tmp_path, and returns its exit code.
+    """main(*flags) runs the command line inside this process, in tmp_path, and returns its exit
+    code.
 
     Flags may share a string, as in main("--mode train --steps 2"); paths stand alone."""
     monkeypatch.chdir(tmp_path)
@@ -116,11 +126,11 @@ def quick_plots(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def trained(pictures, tmp_path_factory):
-    """The path of a tiny class-conditional model that has learned for a few steps."""
+def trained(image_folder, tmp_path_factory):
+    """The path of a tiny class-conditional model trained for a few steps."""
     folder = tmp_path_factory.mktemp("trained")
     more = "--steps 40 --lr 1e-2 --ema_decay 0.9 --batch_size 8 --log_every 40"
-    assert ddpm.main(words("--mode train", TINY, more, *places(folder, pictures))) == 0
+    assert ddpm.main(words("--mode train", TINY, more, *places(folder, image_folder))) == 0
     return folder / "model.pt"
 
 

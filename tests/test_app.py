@@ -1,4 +1,5 @@
-"""The page without a browser: Streamlit's AppTest runs it. It samples what the command line samples."""
+"""The page without a browser: Streamlit's AppTest runs it. It samples what the command line
+samples."""
 
 import io
 import json
@@ -26,7 +27,8 @@ import app  # noqa: E402
 
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch):
-    """A folder with the tiny model as tiny.pt, newer than the shipped one, and its run in samples/run."""
+    """A folder with the tiny model as tiny.pt, newer than the included one, and its run in
+    samples/run."""
     (tmp_path / "saved_models").mkdir()
     shutil.copy(trained, tmp_path / "saved_models" / "tiny.pt")
     shutil.copytree(trained.parent / "samples", tmp_path / "samples" / "run")
@@ -69,7 +71,9 @@ def command_line(folder, **settings):
     """The same by ddpm.sample, which --mode sample calls with the settings of the checkpoint."""
     path = str(folder / "saved_models" / "tiny.pt")
     stored = ddpm.stored_config(ddpm.read_checkpoint(path), path)
-    pixels = ddpm.sample(ddpm.override(stored, model_path=path, samples_dir=str(folder / "cli"), **settings))
+    pixels = ddpm.sample(
+        ddpm.override(stored, model_path=path, samples_dir=str(folder / "cli"), **settings)
+    )
     return list(pixels.permute(0, 2, 3, 1).numpy())
 
 
@@ -87,7 +91,7 @@ def give(at, content, name="mine.png"):
     return at.run()
 
 
-# ----------------------------------------------------------------------------------------------------- models
+# ---- models
 
 
 def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
@@ -100,13 +104,18 @@ def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
     shutil.copy(models / "tiny.pt", models / "tiny_steps" / "step_00000040.pt")
     options = page().selectbox[0].options
     data = ddpm.read_checkpoint(models / "tiny.pt")["config"]["data_path"].split("/")[-1]
-    assert sorted(options) == sorted([
-        "animals.pt: animal_data, 64x64, 5 classes", "broken.pt: cannot be read",
-        f"tiny.pt: {data}, 16x16, 3 classes", f"tiny.pt.previous: {data}, 16x16, 3 classes"])
+    assert sorted(options) == sorted(
+        [
+            "animals.pt: animal_data, 64x64, 5 classes",
+            "broken.pt: cannot be read",
+            f"tiny.pt: {data}, 16x16, 3 classes",
+            f"tiny.pt.previous: {data}, 16x16, 3 classes",
+        ]
+    )
     assert options[0].startswith("tiny.pt") and options[-1].startswith("broken.pt")
 
 
-def test_a_broken_model_is_told_in_a_sentence(page, project):
+def test_a_broken_model_gives_a_sentence(page, project):
     (project / "saved_models" / "broken.pt").write_bytes(b"not a checkpoint")
     at = page()
     assert not at.exception and len(at.error) == 1
@@ -129,14 +138,19 @@ def test_no_path_but_those_listed_is_taken(page, trained, monkeypatch):
     monkeypatch.setattr(type(at.selectbox[0]), "index", 0)
     box, opened, read = at.selectbox[0], [], ddpm.read_checkpoint
     monkeypatch.setattr(ddpm, "read_checkpoint", lambda path: opened.append(path) or read(path))
-    box._value, box.options = str(trained), [str(trained)]  # a browser's forged message names another file
+    box._value, box.options = (
+        str(trained),
+        [str(trained)],
+    )  # a browser's forged message names another file
     assert box._widget_state.string_value == str(trained)
     at.run()
     assert str(trained) not in map(str, opened)
-    assert not at.exception and "50" in labelled(at.select_slider, "Steps").options  # the listed model's form
+    assert (
+        not at.exception and "50" in labelled(at.select_slider, "Steps").options
+    )  # the listed model's form
 
 
-# --------------------------------------------------------------------------------------------------- generate
+# ---- generate
 
 
 def test_the_images_are_those_of_the_command_line(page, project):
@@ -162,10 +176,23 @@ def test_every_setting_reaches_the_sampler(page, project):
     labelled(at.multiselect, "Classes").set_value(["square", "disc"])
     labelled(at.slider, "Guidance").set_value(3.5)
     press(at)
-    expected = command_line(project, num_samples=5, seed=7, sampler="ddim", sampling_steps=10, guidance=3.5,
-                            classes="square,disc")
-    assert len(generated(at)) == 5 and all(np.array_equal(a, b) for a, b in zip(generated(at), expected))
-    assert at.session_state["generated: Generate"]["names"][:3] == ["1 square", "2 disc", "3 square"]
+    expected = command_line(
+        project,
+        num_samples=5,
+        seed=7,
+        sampler="ddim",
+        sampling_steps=10,
+        guidance=3.5,
+        classes="square,disc",
+    )
+    assert len(generated(at)) == 5 and all(
+        np.array_equal(a, b) for a, b in zip(generated(at), expected)
+    )
+    assert at.session_state["generated: Generate"]["names"][:3] == [
+        "1 square",
+        "2 disc",
+        "3 square",
+    ]
     text = Image.open(io.BytesIO(at.session_state["generated: Generate"]["images"][0])).text
     assert text["ddpm:seed"] == "7" and text["ddpm:sampler"] == "ddim"
 
@@ -192,7 +219,7 @@ def test_settings_outlive_a_look_at_another_section(page):
     assert len(generated(at)) == 8
 
 
-# ------------------------------------------------------------------------------------------------------- edit
+# ---- edit
 
 
 def test_variations_are_those_of_the_command_line(page, project):
@@ -201,7 +228,9 @@ def test_variations_are_those_of_the_command_line(page, project):
     labelled(at.slider, "Strength").set_value(0.4)
     labelled(at.select_slider, "Steps").set_value(20)
     press(at)
-    expected = command_line(project, num_samples=4, init_image="mine.png", strength=0.4, sampling_steps=20)
+    expected = command_line(
+        project, num_samples=4, init_image="mine.png", strength=0.4, sampling_steps=20
+    )
     assert len(expected) == 4
     assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Vary an image"), expected))
 
@@ -223,7 +252,9 @@ def test_inpainting_is_that_of_the_command_line(page, project, shape):
         give(at, png(mask), "mask.png")
     labelled(at.select_slider, "Steps").set_value(10)
     press(at)
-    expected = command_line(project, num_samples=4, init_image="mine.png", mask="mask.png", sampling_steps=10)
+    expected = command_line(
+        project, num_samples=4, init_image="mine.png", mask="mask.png", sampling_steps=10
+    )
     assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Inpaint a part"), expected))
     original = ddpm.decode(Image.open(io.BytesIO(IMAGE)), 16, 3).transpose(1, 2, 0)
     assert np.array_equal(expected[0][:, :8], original[:, :8])
@@ -240,7 +271,7 @@ def test_going_between_two_seeds_is_that_of_the_command_line(page, project):
     assert kept["gif"] == (project / "cli" / "interpolation.gif").read_bytes()
 
 
-def test_the_same_seed_twice_is_told(page):
+def test_the_same_seed_twice_gives_a_sentence(page):
     at = page("Edit")
     at.radio[0].set_value("Between two seeds").run()
     labelled(at.number_input, "Seed of the last").set_value(0)
@@ -261,10 +292,10 @@ def test_bad_uploads_get_a_sentence(page, section):
     assert [e.value for e in huge.error] == ["huge.png has 120 million pixels: give at most 100."]
 
 
-# ------------------------------------------------------------------------------------------------ look inside
+# ---- look inside
 
 
-def test_the_trajectory_of_is_that_of_the_sampler(project):
+def test_the_trajectory_is_that_of_the_sampler(project):
     path = project / "saved_models" / "tiny.pt"
     trajectory = app.trajectory_of((path, 1), 3, 1)
     model, diffusion, config = ddpm.load_model(path)
@@ -288,7 +319,7 @@ def test_looking_inside_works_with_an_image_and_without(page):
     assert [c.value for c in at.caption][0] == "mine.png"
 
 
-# ------------------------------------------------------------------------------------------------ watch a run
+# ---- watch a run
 
 
 def run_of(folder, rows, **config):
@@ -300,22 +331,39 @@ def run_of(folder, rows, **config):
 
 
 def row(step, seconds, epoch=0.0):
-    return dict(step=step, seconds=seconds, epoch=epoch, loss=0.5, loss_quarters=[0.1, 0.2, None, 0.4],
-                lr=1e-3, grad_norm=1.0, memory_mb=1, images_per_s=160.0)
+    return dict(
+        step=step,
+        seconds=seconds,
+        epoch=epoch,
+        loss=0.5,
+        loss_quarters=[0.1, 0.2, None, 0.4],
+        lr=1e-3,
+        grad_norm=1.0,
+        memory_mb=1,
+        images_per_s=160.0,
+    )
 
 
 def test_time_left_follows_from_the_last_lines(tmp_path):
     # the last 20 lines make 10 steps in 20 s each, the ones before were slower
     rows = [row(10 * i, 100 * i, i / 5) for i in range(1, 11)]
     rows += [row(100 + 10 * i, 1000 + 20 * i, 2 + i / 5) for i in range(1, 31)]
-    lengths = [(dict(steps=1000), 600 * 2), (dict(steps=None, epochs=20.0), 12 * 100),
-               (dict(steps=None, minutes=40.0), 2400 - 1600)]
+    lengths = [
+        (dict(steps=1000), 600 * 2),
+        (dict(steps=None, epochs=20.0), 12 * 100),
+        (dict(steps=None, minutes=40.0), 2400 - 1600),
+    ]
     for length, expected in lengths:
         config, read = app.read_run(run_of(tmp_path, rows, **length))
         assert len(read) == 40
         assert app.time_left(config, read) == pytest.approx(expected)
     assert app.time_left(config, read[:1]) is None
-    assert [app.in_words(s) for s in (5, 118, 3600, 4020)] == ["1 min", "2 min", "1 h 0 min", "1 h 7 min"]
+    assert [app.in_words(s) for s in (5, 118, 3600, 4020)] == [
+        "1 min",
+        "2 min",
+        "1 h 0 min",
+        "1 h 7 min",
+    ]
 
 
 def test_a_run_is_shown_as_it_goes(page, project):
@@ -333,11 +381,13 @@ def test_a_run_is_shown_as_it_goes(page, project):
     assert at.get("progress")[0].proto.text == "Step 40, 100%: finished"
 
 
-def test_a_run_that_stopped_or_has_just_begun_or_is_no_run(page, project):
+def test_a_run_that_stopped_or_has_just_started_or_is_no_run(page, project):
     path = run_of(project / "samples" / "stopped", [row(10, 10), row(20, 20)], steps=100)
     shutil.rmtree(project / "samples" / "run")
     os.utime(path, (1, 1))
-    assert ": stopped, or busy sampling previews" in page("Watch a run").get("progress")[0].proto.text
+    assert (
+        ": stopped, or busy sampling previews" in page("Watch a run").get("progress")[0].proto.text
+    )
     run_of(path.parent, [])
     assert "has logged nothing yet" in page("Watch a run").info[0].value
     path.write_text("other\n")
@@ -346,7 +396,7 @@ def test_a_run_that_stopped_or_has_just_begun_or_is_no_run(page, project):
     assert "no run here yet" in page("Watch a run").error[0].value
 
 
-# ------------------------------------------------------------------------------------------------ the program
+# ---- the program
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -357,5 +407,8 @@ def test_started_as_a_program_it_says_how_to_open_the_page(tmp_path, installed):
     command = [sys.executable, str(ROOT / "app.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].endswith("streamlit run app.py") and "Traceback" not in done.stderr
+    assert (
+        done.stderr.splitlines()[-1].endswith("streamlit run app.py")
+        and "Traceback" not in done.stderr
+    )
     assert ("pip install streamlit" in done.stderr) == (not installed)

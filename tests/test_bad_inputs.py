@@ -1,5 +1,6 @@
-"""Tables of all that can be wrong with flags, folders, images and checkpoints. Each row works as it should,
-or ends with an error code and one line that names the thing and the remedy; and nothing is written over."""
+"""Tables of all that can be wrong with flags, folders, images and checkpoints. Each row works as it
+should, or ends with an error code and one line that names the thing and the remedy; and nothing is
+written over."""
 
 import dataclasses
 import io
@@ -26,7 +27,8 @@ FOR_SAMPLING = ("num_samples", "sample_batch_size", "sampling_steps", "eta", "gu
 
 
 def assert_only_the_cache_is_new(before, after):
-    """Two trees are the same, but for at most one cache of decoded images, whole, in the later one."""
+    """Two trees are the same, but for at most one cache of decoded images, whole, in the later
+    one."""
     new = [Path(name) for name in after.keys() - before.keys()]
     assert {name: after[name] for name in before if name in after} == before
     assert not new or sorted(path.suffix for path in new) == [".json", ".npy"], new
@@ -35,8 +37,8 @@ def assert_only_the_cache_is_new(before, after):
 
 @pytest.fixture
 def refused(main, tmp_path, capsys):
-    """refused(flags, thing, remedy): the command fails with one line that says both, and changes no file. If
-    it had got as far as the images, the cache of them stays."""
+    """refused(flags, thing, remedy): the command fails with one line that says both, and changes no
+    file. If it had got as far as the images, the cache of them stays."""
 
     def run(flags, *says):
         capsys.readouterr()
@@ -53,8 +55,8 @@ def refused(main, tmp_path, capsys):
     return run
 
 
-def training(pictures):
-    return words("--mode train", TINY, "--steps 1 --data_path", pictures)
+def training(image_folder):
+    return words("--mode train", TINY, "--steps 1 --data_path", image_folder)
 
 
 # ---- every number
@@ -65,22 +67,29 @@ def bad_numbers():
         limits, is_float = FIELDS[name].metadata, "float" in str(FIELDS[name].type)
         low, high = limits["low"], limits["high"]
         yield from (
-            (name, value, "invalid") for value in ("text", "1,x", *([] if is_float else ["nan", "0.5"]))
+            (name, value, "invalid")
+            for value in ("text", "1,x", *([] if is_float else ["nan", "0.5"]))
         )
-        outside = ["-1", "-inf", "nan", "inf", "1e300"] if is_float else ["-1", str(10**30), "9" * 400]
+        outside = (
+            ["-1", "-inf", "nan", "inf", "1e300"] if is_float else ["-1", str(10**30), "9" * 400]
+        )
         outside += ["0"] if low > 0 else []
         yield from ((name, value, f"give {low} to {high}") for value in outside)
 
 
 @pytest.mark.parametrize("name, value, remedy", list(bad_numbers()))
-def test_a_number_out_of_range_or_no_number(refused, pictures, name, value, remedy):
+def test_a_number_out_of_range_or_no_number(refused, image_folder, name, value, remedy):
     """The remedy is the range or, for what is no number, the help."""
     length = [] if name in ("steps", "epochs", "minutes") else ["--steps", "1"]
-    flags = words("--mode train", TINY, "--data_path", pictures) + length + [f"--{name}={value}"]
+    flags = (
+        words("--mode train", TINY, "--data_path", image_folder) + length + [f"--{name}={value}"]
+    )
     assert refused(flags, f"--{name}", remedy if remedy != "invalid" else "--help")
 
 
-@pytest.mark.parametrize("name, value, remedy", [row for row in bad_numbers() if row[0] in FOR_SAMPLING])
+@pytest.mark.parametrize(
+    "name, value, remedy", [row for row in bad_numbers() if row[0] in FOR_SAMPLING]
+)
 def test_a_number_out_of_range_for_sampling(refused, name, value, remedy):
     flags = words("--mode sample --device cpu --model_path", STORED) + [f"--{name}={value}"]
     assert refused(flags, f"--{name}", remedy if remedy != "invalid" else "--help")
@@ -113,16 +122,32 @@ CLASHES = [
     ("--arch simple --channels 5", "--channels 5", "must be even"),
     ("--channel_mults", "--channel_mults", "see python ddpm.py --help"),
     ("--channel_mults 1 x", "--channel_mults", "see python ddpm.py --help"),
-    ("--channel_mults 1,2", "--channel_mults: invalid int value: '1,2'", "see python ddpm.py --help"),
-    ("--attention_at 16,8", "--attention_at: invalid int value: '16,8'", "see python ddpm.py --help"),
-    ("--arch simple --checkpointing", "--checkpointing", "no effect on --arch simple: leave it out"),
+    (
+        "--channel_mults 1,2",
+        "--channel_mults: invalid int value: '1,2'",
+        "see python ddpm.py --help",
+    ),
+    (
+        "--attention_at 16,8",
+        "--attention_at: invalid int value: '16,8'",
+        "see python ddpm.py --help",
+    ),
+    (
+        "--arch simple --checkpointing",
+        "--checkpointing",
+        "no effect on --arch simple: leave it out",
+    ),
     ("--timesteps 9", "--timesteps 9", "give 10 to 100000"),
     ("--label_dropout 1.5", "--label_dropout 1.5", "give 0 to 1"),
     ("--channel_mults 0 1", "--channel_mults 0", "give 1 to 64"),
     ("--schedule cosine --beta_end 0.1", "--schedule cosine", "leave them out"),
     ("--schedule linear --beta_start 0.1 --beta_end 0.01", "--beta_start 0.1", "has to grow"),
     ("--schedule linear --beta_start 0.95 --beta_end 0.999", "--timesteps 50", "give fewer"),
-    ("--schedule linear --beta_start 1e-4 --beta_end 0.02 --timesteps 100000", "100000", "leaves nothing"),
+    (
+        "--schedule linear --beta_start 1e-4 --beta_end 0.02 --timesteps 100000",
+        "100000",
+        "leaves nothing",
+    ),
     ("--resume a.pt --init_from b.pt", "a.pt", "give the path of a file that --mode train wrote"),
     ("--steps 3 --epochs 1", "--steps and --epochs", "give one"),
     ("--steps 3 --minutes 1", "--steps and --minutes", "give one"),
@@ -140,36 +165,48 @@ CLASHES = [
     ("--data_path folder", "saw 1 files (.txt 1)", "accepted .png .jpg"),
     ("--data_path empty", "saw 0 files", "accepted .png .jpg"),
     ("--data_path hidden", "No images in hidden", "accepted .png .jpg"),
-    ("--data_path here --samples_dir here/samples", "here/samples is inside", "choose another folder"),
+    (
+        "--data_path here --samples_dir here/samples",
+        "here/samples is inside",
+        "choose another folder",
+    ),
     ("--data_path here --samples_dir here", "is inside --data_path", "choose another folder"),
-    ("--model_path folder", "--model_path folder is a folder", "give a file in it, as in folder/model.pt"),
+    (
+        "--model_path folder",
+        "--model_path folder is a folder",
+        "give a file in it, as in folder/model.pt",
+    ),
     ("--model_path=", "--model_path", "give a file"),
     ("--model_path notes.txt/model.pt", "notes.txt", "choose another --model_path"),
     ("--samples_dir notes.txt", "notes.txt", "choose another --model_path, --samples_dir"),
     ("--samples_dir notes.txt/s", "notes.txt", "choose another --model_path, --samples_dir"),
     ("--batch_size 100000 --image_size 1024 --attention none", "Out of memory", "--grad_accum"),
-    ("--batch_size 100000 --image_size 1024 --attention none --dry_run", "Out of memory", "--image_size"),
+    (
+        "--batch_size 100000 --image_size 1024 --attention none --dry_run",
+        "Out of memory",
+        "--image_size",
+    ),
 ]
 
 
 @pytest.fixture
-def clutter(tmp_path, pictures):
+def clutter(tmp_path, image_folder):
     """Files and folders for the flags to stumble over."""
     for name in ("folder", "empty", "hidden/.git", "here"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("folder/a.txt", "notes.txt", "hidden/.a.png"):
         (tmp_path / name).write_text("mine")
-    shutil.copy(next(pictures.rglob("*.png")), tmp_path / "here" / "a.png")
-    shutil.copy(next(pictures.rglob("*.png")), tmp_path / "hidden" / ".git" / "a.png")
+    shutil.copy(next(image_folder.rglob("*.png")), tmp_path / "here" / "a.png")
+    shutil.copy(next(image_folder.rglob("*.png")), tmp_path / "hidden" / ".git" / "a.png")
 
 
 @pytest.mark.parametrize("flags, thing, remedy", CLASHES, ids=[row[0] for row in CLASHES])
 def test_flags_that_clash(
-    refused, pictures, clutter, quick_plots, tmp_path, monkeypatch, flags, thing, remedy
+    refused, image_folder, clutter, quick_plots, tmp_path, monkeypatch, flags, thing, remedy
 ):
     if "Out of memory" in thing:  # what a run writes before its first step is no loss
         monkeypatch.setattr(ddpm, "open_run", lambda *_: None)
-    refused(training(pictures) + ["--model_path", "model.pt"] + words(flags), thing, remedy)
+    refused(training(image_folder) + ["--model_path", "model.pt"] + words(flags), thing, remedy)
 
 
 SAMPLING = [
@@ -192,30 +229,36 @@ SAMPLING = [
 
 
 @pytest.mark.parametrize("flags, thing, remedy", SAMPLING, ids=[row[0] for row in SAMPLING])
-def test_flags_that_clash_with_a_model(refused, clutter, quick_plots, monkeypatch, flags, thing, remedy):
+def test_flags_that_clash_with_a_model(
+    refused, clutter, quick_plots, monkeypatch, flags, thing, remedy
+):
     if "Out of memory" in thing:
         monkeypatch.setattr(ddpm, "generate", lambda *_: torch.empty(10**15))
-    base = words("--mode sample --num_samples 2 --sampling_steps 2 --device cpu --model_path", STORED)
+    base = words(
+        "--mode sample --num_samples 2 --sampling_steps 2 --device cpu --model_path", STORED
+    )
     refused(base + words(flags), thing, remedy)
 
 
-def test_a_network_that_is_too_large(refused, pictures, monkeypatch):
+def test_a_network_that_is_too_large(refused, image_folder, monkeypatch):
     monkeypatch.setattr(ddpm, "build_model", lambda *_: torch.empty(10**15))
-    refused(training(pictures), "Out of memory", "less --image_size, --channels")
+    refused(training(image_folder), "Out of memory", "less --image_size, --channels")
 
 
-@pytest.mark.parametrize("said", ["shapes differ", "CUDA error: an illegal memory access was encountered"])
-def test_an_error_that_is_a_bug_of_ours_is_not_hidden(main, pictures, monkeypatch, said):
+@pytest.mark.parametrize(
+    "said", ["shapes differ", "CUDA error: an illegal memory access was encountered"]
+)
+def test_an_error_that_is_a_bug_of_ours_is_not_hidden(main, image_folder, monkeypatch, said):
     monkeypatch.setattr(ddpm, "build_model", lambda *_: (_ for _ in ()).throw(RuntimeError(said)))
     with pytest.raises(RuntimeError, match=said):
-        main(*training(pictures))
+        main(*training(image_folder))
 
 
 # ---- what the known mistakes of the parser were
 
 
-def test_classes_with_numbers_for_names(main, pictures, tmp_path, quick_plots):
-    shutil.copytree(pictures, tmp_path / "digits")
+def test_classes_with_numbers_for_names(main, image_folder, tmp_path, quick_plots):
+    shutil.copytree(image_folder, tmp_path / "digits")
     for i, name in enumerate(("disc", "square", "stripes")):
         (tmp_path / "digits" / name).rename(tmp_path / "digits" / str(i))
     assert main(*training("digits"), "--classes 0,2 --channel_mults 1 2 --attention_at 16 8") == 0
@@ -243,17 +286,25 @@ def png(size=(16, 16), mode="RGB", colour=None, kind="PNG", **more):
 
 def noise(size, kind, dtype=np.uint8, shape=(3,), **more):
     file = io.BytesIO()
-    values = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (*size, *shape)).astype(dtype)
+    values = (
+        np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (*size, *shape)).astype(dtype)
+    )
     Image.fromarray(values).save(file, kind, **more)
     return file.getvalue()
 
 
 def chunk(kind, content):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def bomb(side):
-    """A PNG of side x side one-bit pixels, written without ever making them: a few kilobytes a gigapixel."""
+    """A PNG of side x side one-bit pixels, written without ever making them: a few kilobytes a
+    gigapixel."""
     packer, row = zlib.compressobj(9), bytes(1 + side // 8)
     packed = b"".join(packer.compress(row * 100) for _ in range(side // 100)) + packer.flush()
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
@@ -270,11 +321,13 @@ def text_bomb():
 
 def frames(kind):
     return png(
-        kind=kind, save_all=True, append_images=[Image.new("RGB", (16, 16), c) for c in ("red", "blue")]
+        kind=kind,
+        save_all=True,
+        append_images=[Image.new("RGB", (16, 16), c) for c in ("red", "blue")],
     )
 
 
-GOOD = {  # name -> bytes: all of them can be learned from
+GOOD = {  # name -> bytes: a model can be trained on each
     "animated.gif": lambda: frames("GIF"),
     "animated.webp": lambda: frames("WEBP"),
     "animated.png": lambda: frames("PNG"),
@@ -318,7 +371,7 @@ def evil_text():
     return info
 
 
-BAD = {  # name -> bytes: none of them can be read, and training goes on without them
+BAD = {  # name -> bytes: none of them can be read, and training continues without them
     "empty.png": lambda: b"",
     "signature.png": lambda: png()[:8],
     "cut.png": lambda: noise((64, 64), "PNG")[:3000],
@@ -331,8 +384,12 @@ BAD = {  # name -> bytes: none of them can be read, and training goes on without
     "text.png": lambda: b"this is no image\n" * 9,
     "page.jpg": lambda: b"<!DOCTYPE html><html>404 not found</html>",
     "zip.png": lambda: b"PK\x03\x04" + bytes(99),
-    "drawing.png": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>',
-    "postscript.png": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(pwned) (w) file\n%%EOF\n",
+    "drawing.png": lambda: (
+        b'<svg xmlns="http://www.w3.org/2000/svg"><rect width="9" height="9"/></svg>'
+    ),
+    "postscript.png": lambda: (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(pwned) (w) file\n%%EOF\n"
+    ),
     "zeros.gif": lambda: bytes(5000),
     "no pixels.png": lambda: (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 0, 8, 2, 0, 0, 0))
@@ -356,7 +413,8 @@ def many(tmp_path_factory):
 
 @pytest.fixture
 def dry_run(main, many, tmp_path, capsys):
-    """dry_run(): look at the images in tmp_path/data; the banner and what is said of unreadable ones."""
+    """dry_run(): look at the images in tmp_path/data; the banner and what is said of unreadable
+    ones."""
     shutil.copytree(many, tmp_path / "data")
 
     def run():
@@ -369,10 +427,12 @@ def dry_run(main, many, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", GOOD, ids=ascii)
-def test_an_odd_image_is_learned(dry_run, tmp_path, name):
+def test_an_odd_image_is_read(dry_run, tmp_path, name):
     (tmp_path / "data" / name).write_bytes(GOOD[name]())
     out, err = dry_run()
-    assert "31 found, 31 for training" in out and "0 unreadable" in out and "cannot be read" not in err
+    assert (
+        "31 found, 31 for training" in out and "0 unreadable" in out and "cannot be read" not in err
+    )
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -399,7 +459,9 @@ def a_device_without_end(path):
     path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("make", (a_pipe, a_link_to_itself, a_link_to_nowhere, a_device_without_end))
+@pytest.mark.parametrize(
+    "make", (a_pipe, a_link_to_itself, a_link_to_nowhere, a_device_without_end)
+)
 def test_what_is_no_file_is_named_and_never_waited_for(dry_run, tmp_path, make):
     make(tmp_path / "data" / "odd.png")
     out, err = dry_run()
@@ -488,7 +550,10 @@ CHECKPOINTS = {
     "zeros at the end": (lambda: STORED.read_bytes()[:50_000] + bytes(28_000), *DAMAGED),
     "one bit flipped": (flipped, *DAMAGED),
     "another zip": (lambda: a_zip("readme.txt", "hello"), *DAMAGED),
-    "a foreign pickle": (lambda: a_zip("archive/data.pkl", b"cos\nsystem\n(S'touch pwned'\ntR."), *DAMAGED),
+    "a foreign pickle": (
+        lambda: a_zip("archive/data.pkl", b"cos\nsystem\n(S'touch pwned'\ntR."),
+        *DAMAGED,
+    ),
     "a bare pickle": (
         lambda: b"\x80\x02cos\nsystem\nq\x00X\x0b\x00\x00\x00touch pwnedq\x01\x85q\x02Rq\x03.",
         *DAMAGED,
@@ -497,13 +562,19 @@ CHECKPOINTS = {
     "a list": (lambda: saved([1, 2]), *FOREIGN),
     "a tensor": (lambda: saved(torch.zeros(3)), *FOREIGN),
     "bare weights": (lambda: saved(stored()["weights"]), *FOREIGN),
-    "nanoGPT's": (lambda: saved({"model": {}, "optimizer": {}, "model_args": {}, "iter_num": 5}), *FOREIGN),
+    "nanoGPT's": (
+        lambda: saved({"model": {}, "optimizer": {}, "model_args": {}, "iter_num": 5}),
+        *FOREIGN,
+    ),
     "no weights": (lambda: without("weights"), *FOREIGN),
     "no configuration": (lambda: without("config"), *FOREIGN),
     "no classes": (lambda: without("classes"), *FOREIGN),
     "no channels": (lambda: without("channels"), *FOREIGN),
     "weights in a list": (lambda: saved(stored() | {"weights": [torch.zeros(3)]}), *FOREIGN),
-    "weights that are words": (lambda: saved(stored() | {"weights": {"conv_in.weight": "heavy"}}), *ODD),
+    "weights that are words": (
+        lambda: saved(stored() | {"weights": {"conv_in.weight": "heavy"}}),
+        *ODD,
+    ),
     "ema that is a list": (lambda: saved(stored() | {"ema": [1]}), *ODD),
     "classes that are numbers": (lambda: saved(stored() | {"classes": [1, 2, 3]}), *ODD),
     "names that are numbers": (lambda: saved(stored() | {"weights": {5: torch.zeros(1)}}), *ODD),
@@ -519,7 +590,8 @@ CHECKPOINTS = {
     "a schedule of the future": (lambda: with_config(schedule="wavy"), *CANNOT_BE),
     "NaN": (
         lambda: saved(
-            stored() | {k: {n: v * float("nan") for n, v in stored()[k].items()} for k in ("weights", "ema")}
+            stored()
+            | {k: {n: v * float("nan") for n, v in stored()[k].items()} for k in ("weights", "ema")}
         ),
         "not finite",
         "use another",
@@ -527,7 +599,8 @@ CHECKPOINTS = {
     "of another width": (lambda: with_config(channels=8), NO_FIT, "use another"),
     "of another shape": (
         lambda: saved(
-            stored() | {k: {n: reshaped(v) for n, v in stored()[k].items()} for k in ("weights", "ema")}
+            stored()
+            | {k: {n: reshaped(v) for n, v in stored()[k].items()} for k in ("weights", "ema")}
         ),
         NO_FIT,
         "use another",
@@ -544,10 +617,16 @@ CHECKPOINTS = {
 def test_a_bad_checkpoint_samples_nothing(refused, tmp_path, name):
     make, thing, remedy = CHECKPOINTS[name]
     (tmp_path / "bad.pt").write_bytes(make())
-    refused("--mode sample --num_samples 2 --sampling_steps 2 --model_path bad.pt", "bad.pt", thing, remedy)
+    refused(
+        "--mode sample --num_samples 2 --sampling_steps 2 --model_path bad.pt",
+        "bad.pt",
+        thing,
+        remedy,
+    )
 
 
-# --resume looks for a whole run first, and --init_from at the weights alone: neither meets the others.
+# --resume looks for a whole run first, and --init_from at the weights alone: neither meets the
+# others.
 MET_EARLY = [
     name
     for name, (_, thing, _) in CHECKPOINTS.items()
@@ -557,16 +636,16 @@ MET_EARLY = [
 
 @pytest.mark.parametrize("name", MET_EARLY)
 @pytest.mark.parametrize("use", ("--resume", "--init_from"))
-def test_a_bad_checkpoint_starts_nothing(refused, pictures, tmp_path, use, name):
+def test_a_bad_checkpoint_starts_nothing(refused, image_folder, tmp_path, use, name):
     make, thing, remedy = CHECKPOINTS[name]
     (tmp_path / "bad.pt").write_bytes(make())
-    base = training(pictures) if use == "--init_from" else words("--mode train")
+    base = training(image_folder) if use == "--init_from" else words("--mode train")
     refused([*base, use, "bad.pt"], "bad.pt", thing, remedy)
 
 
-def test_a_model_is_not_a_run_to_resume(refused, main, pictures, tmp_path, quick_plots):
-    """--resume saved_models/x.pt is a likely slip: say where the step checkpoints are."""
-    assert main(*training(pictures), "--model_path m/x.pt") == 0
+def test_a_model_is_not_a_run_to_resume(refused, main, image_folder, tmp_path, quick_plots):
+    """--resume saved_models/x.pt is a likely slip: the error names the step checkpoints."""
+    assert main(*training(image_folder), "--model_path m/x.pt") == 0
     refused(
         "--mode train --resume m/x.pt --steps 3",
         "m/x.pt is a model to sample from",
@@ -579,13 +658,16 @@ OTHER_STATES = [
     (part, value)
     for part in ("optimizer", "scaler", "step", "ema", "data", "seconds")
     for value in (None, [], {}, "x", {"state": {}, "param_groups": []})
-    if part != "scaler" or not isinstance(value, dict)  # without fp16 a scaler has no state, nor looks at it
+    if part != "scaler"
+    or not isinstance(value, dict)  # without fp16 a scaler has no state, nor looks at it
 ]
 
 
 @pytest.mark.parametrize("part, value", OTHER_STATES)
-def test_a_run_whose_state_is_of_another_shape(refused, main, pictures, tmp_path, quick_plots, part, value):
-    assert main(*training(pictures), "--model_path m/x.pt") == 0
+def test_a_run_whose_state_is_of_another_shape(
+    refused, main, image_folder, tmp_path, quick_plots, part, value
+):
+    assert main(*training(image_folder), "--model_path m/x.pt") == 0
     whole = torch.load("m/x_steps/step_00000001.pt", weights_only=True)
     torch.save(whole | {part: value}, "bad.pt")
     refused("--mode train --resume bad.pt --steps 3", "bad.pt")

@@ -32,8 +32,8 @@ CHOICES = {
 
 
 @pytest.fixture
-def train(main, pictures, quick_plots):
-    return lambda *flags: main("--mode train", TINY, "--steps 1 --data_path", pictures, *flags)
+def train(main, image_folder, quick_plots):
+    return lambda *flags: main("--mode train", TINY, "--steps 1 --data_path", image_folder, *flags)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_the_choices_tested_here_are_those_of_the_program(main, capsys):
 @pytest.mark.parametrize(
     "name, value", [(name, value) for name, values in CHOICES.items() for value in values]
 )
-def test_every_choice_trains_and_draws(train, tmp_path, name, value):
+def test_every_choice_trains_and_samples(train, tmp_path, name, value):
     more = "--image_size 32 --attention_at 16" if "resnet18" in value else ""
     assert train(f"--{name}", value, more) == 0
     assert (tmp_path / "samples" / "dataset_grid.png").exists()
@@ -75,11 +75,15 @@ def test_every_choice_trains_and_draws(train, tmp_path, name, value):
     assert list((tmp_path / "samples").glob("generated_epoch*.png"))
 
 
-@pytest.mark.parametrize("name, value", [("precision", "fp16"), ("device", "cuda"), ("device", "mps")])
-def test_what_this_machine_lacks_is_told_or_works(train, capsys, name, value):
-    there = {"fp16": False, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[
-        value
-    ]
+@pytest.mark.parametrize(
+    "name, value", [("precision", "fp16"), ("device", "cuda"), ("device", "mps")]
+)
+def test_what_this_machine_lacks_is_an_error_or_works(train, capsys, name, value):
+    there = {
+        "fp16": False,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }[value]
     code = train(f"--{name}", value)
     assert code == 0 if there else code == 1 and value in said_once(capsys)
 
@@ -87,20 +91,24 @@ def test_what_this_machine_lacks_is_told_or_works(train, capsys, name, value):
 @pytest.mark.parametrize("name", ddpm.PRESETS)
 def test_every_preset_is_free_of_contradictions(name, tmp_path):
     """Settings are checked before the data is looked for."""
-    config = ddpm.preset(name, data_path=str(tmp_path / "nowhere"), model_path=str(tmp_path / "m.pt"))
+    config = ddpm.preset(
+        name, data_path=str(tmp_path / "nowhere"), model_path=str(tmp_path / "m.pt")
+    )
     with pytest.raises(ddpm.UserError, match="No folder"):
         ddpm.train(config)
 
 
 @pytest.mark.parametrize("name", ddpm.PRESETS)
-def test_every_preset_trains_a_step_and_draws_as_it_is(name, main, pictures, tmp_path, quick_plots):
-    """Its own network, size, schedule, prediction and sampler; few steps and pictures only."""
+def test_every_preset_trains_a_step_and_samples_as_it_is(
+    name, main, image_folder, tmp_path, quick_plots
+):
+    """Its own network, size, schedule, prediction and sampler; few steps and images only."""
     few = "--steps 1 --batch_size 4 --num_samples 2 --sampling_steps 2"
-    assert main("--mode train --preset", name, few, *places(tmp_path, pictures)) == 0
+    assert main("--mode train --preset", name, few, *places(tmp_path, image_folder)) == 0
     assert main("--mode sample --model_path", tmp_path / "model.pt", "--num_samples 2") == 0
-    drawn = Image.open(tmp_path / "samples" / "generated_sample.png")
+    grid = Image.open(tmp_path / "samples" / "generated_sample.png")
     side = ddpm.preset(name).image_size
-    assert drawn.size[1] == side * max(1, 64 // side) + 4
+    assert grid.size[1] == side * max(1, 64 // side) + 4
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,9 @@ def test_every_preset_trains_a_step_and_draws_as_it_is(name, main, pictures, tmp
         ),
         (
             "fashion_mnist_small",
-            dict(image_size=28, timesteps=1000, schedule="linear", predict="eps", loss="l2", epochs=5),
+            dict(
+                image_size=28, timesteps=1000, schedule="linear", predict="eps", loss="l2", epochs=5
+            ),
         ),
         (
             "flowers_simple",
@@ -226,7 +236,10 @@ def test_a_preset_is_overridden_by_flags_and_a_length_replaces_the_other():
 
 
 def test_dashes_and_underscores_are_alike(train, tmp_path):
-    assert train("--batch-size 2 --no-hflip --channel-mults 1 2 2 --attention_at=8 --ema-decay=0.5") == 0
+    assert (
+        train("--batch-size 2 --no-hflip --channel-mults 1 2 2 --attention_at=8 --ema-decay=0.5")
+        == 0
+    )
     _, _, config = ddpm.load_model(tmp_path / "saved_models" / "denoise_model.pt")
     assert (config.batch_size, config.hflip, config.channel_mults, config.ema_decay) == (
         2,
@@ -239,7 +252,16 @@ def test_dashes_and_underscores_are_alike(train, tmp_path):
 def test_help_lists_every_group_and_setting(main, capsys):
     assert main("--help") == 0
     out = capsys.readouterr().out
-    for group in ("recipe", "data", "diffusion", "network", "training", "running", "places", "sampling"):
+    for group in (
+        "recipe",
+        "data",
+        "diffusion",
+        "network",
+        "training",
+        "running",
+        "places",
+        "sampling",
+    ):
         assert re.search(rf"^{group}:", out, re.MULTILINE)
     for name, f in FIELDS.items():
         assert f"--{name}" in out or f"--no_{name}" in out
@@ -248,13 +270,14 @@ def test_help_lists_every_group_and_setting(main, capsys):
 
 
 @pytest.mark.parametrize(
-    "typo, meant", [("--batchsize", "--batch_size"), ("--learning-rate", ""), ("--chanels", "--channels")]
+    "typo, meant",
+    [("--batchsize", "--batch_size"), ("--learning-rate", ""), ("--chanels", "--channels")],
 )
 def test_an_unknown_flag_suggests_the_nearest(main, tmp_path, capsys, typo, meant):
     assert main("--mode train", typo, "3") == 2
-    assert (f"did you mean {meant}?" if meant else "--learning_rate") in said_once(capsys) and not tree(
-        tmp_path
-    )
+    assert (f"did you mean {meant}?" if meant else "--learning_rate") in said_once(
+        capsys
+    ) and not tree(tmp_path)
 
 
 def test_no_mode_is_an_error_in_a_line(main, capsys):
@@ -269,7 +292,9 @@ def grid_of(path):
     return np.asarray(Image.open(path))
 
 
-def test_a_sample_writes_the_grid_the_way_there_and_their_story(sample, trained, tmp_path, capsys):
+def test_sampling_writes_the_grid_the_trajectory_and_their_settings(
+    sample, trained, tmp_path, capsys
+):
     assert sample("--num_samples 6 --seed 11 --sampler ddim --individual each --gif") == 0
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert files == {
@@ -282,7 +307,11 @@ def test_a_sample_writes_the_grid_the_way_there_and_their_story(sample, trained,
     assert all(str(tmp_path / file) in out for file in files) and "EMA" in out
     for file in ("samples/generated_sample.png", "each/00003.png"):
         text = Image.open(tmp_path / file).text
-        assert text["ddpm:seed"] == "11" and text["ddpm:sampler"] == "ddim" and text["ddpm:steps"] == "2"
+        assert (
+            text["ddpm:seed"] == "11"
+            and text["ddpm:sampler"] == "ddim"
+            and text["ddpm:steps"] == "2"
+        )
         assert re.fullmatch("[0-9a-f]{12}", text["ddpm:model"])
     gif = Image.open(tmp_path / "samples" / "denoising.gif")
     assert gif.n_frames >= 2
@@ -290,27 +319,27 @@ def test_a_sample_writes_the_grid_the_way_there_and_their_story(sample, trained,
     assert each.size == (16, 16) and each.mode == "RGB"
 
 
-def test_the_command_line_and_not_the_checkpoint_says_where_pictures_go(main, trained, tmp_path):
+def test_the_command_line_and_not_the_checkpoint_says_where_images_go(main, trained, tmp_path):
     before = set(trained.parent.rglob("*"))
     assert main("--mode sample --num_samples 1 --sampling_steps 1 --model_path", trained) == 0
     assert (tmp_path / "samples" / "generated_sample.png").exists()
     assert set(trained.parent.rglob("*")) == before
 
 
-def test_denoising_steps_is_a_real_picture(main, trained, tmp_path):
+def test_denoising_steps_is_a_real_image(main, trained, tmp_path):
     assert main("--mode sample --model_path", trained, "--num_samples 2 --sampling_steps 3") == 0
-    picture = Image.open(tmp_path / "samples" / "denoising_steps.png")
-    assert min(picture.size) > 50 and picture.text["ddpm:steps"] == "3"
+    image = Image.open(tmp_path / "samples" / "denoising_steps.png")
+    assert min(image.size) > 50 and image.text["ddpm:steps"] == "3"
 
 
-def test_the_grid_of_very_many_pictures_shows_the_first_ones(main, trained, tmp_path, quick_plots):
-    flags = "--mode sample --sampling_steps 1 --sample_batch_size 500 --num_samples 2550 --precision fp32"
-    assert main(flags, "--device cpu --model_path", trained) == 0
+def test_the_grid_of_very_many_images_shows_the_first_ones(main, trained, tmp_path, quick_plots):
+    flags = "--sampling_steps 1 --sample_batch_size 500 --num_samples 2550 --precision fp32"
+    assert main("--mode sample --device cpu", flags, "--model_path", trained) == 0
     with Image.open(tmp_path / "samples" / "generated_sample.png") as grid:  # 2500 of three classes
         assert grid.size == (48 * 66 + 2, 53 * 66 + 2)
 
 
-def draw(trained, tmp_path, **more):
+def sample_tiny(trained, tmp_path, **more):
     settings = dict(
         model_path=str(trained),
         samples_dir=str(tmp_path),
@@ -326,28 +355,34 @@ def draw(trained, tmp_path, **more):
 
 @pytest.mark.parametrize("precision", ("fp32", "auto", "bf16"))
 @pytest.mark.parametrize("sampler", ("ddpm", "ddim", "dpm++"))
-def test_a_seed_gives_the_same_pictures_whatever_the_batch(
+def test_a_seed_gives_the_same_images_whatever_the_batch(
     trained, tmp_path, quick_plots, sampler, precision
 ):
     more = dict(sampler=sampler, precision=precision, eta=0.5, guidance=1.5)
-    one, two, all_at_once = (draw(trained, tmp_path, sample_batch_size=n, **more) for n in (1, 2, 64))
+    one, two, all_at_once = (
+        sample_tiny(trained, tmp_path, sample_batch_size=n, **more) for n in (1, 2, 64)
+    )
     assert one.shape == (5, 3, 16, 16)
     assert (one - all_at_once).abs().max() <= 1 and (two - all_at_once).abs().max() <= 1
-    assert torch.equal(all_at_once, draw(trained, tmp_path, **more)), "and the same when run again"
+    assert torch.equal(all_at_once, sample_tiny(trained, tmp_path, **more)), (
+        "and the same when run again"
+    )
 
 
-def test_a_seed_gives_a_picture_of_that_number_whatever_their_count(trained, tmp_path, quick_plots):
-    few, many = (draw(trained, tmp_path, num_samples=n) for n in (3, 9))
+def test_a_seed_gives_each_image_whatever_their_count(trained, tmp_path, quick_plots):
+    few, many = (sample_tiny(trained, tmp_path, num_samples=n) for n in (3, 9))
     assert (few - many[:3]).abs().max() <= 1
 
 
-def test_pictures_and_seeds_differ(trained, tmp_path, quick_plots):
-    a, b = (draw(trained, tmp_path, seed=s, classes="disc") for s in (0, 1))
+def test_images_and_seeds_differ(trained, tmp_path, quick_plots):
+    a, b = (sample_tiny(trained, tmp_path, seed=s, classes="disc") for s in (0, 1))
     assert len(torch.cat([a, b]).flatten(1).unique(dim=0)) == 10
 
 
-def test_the_flag_no_ema_draws_with_the_plain_weights(trained, tmp_path, quick_plots):
-    assert not torch.equal(draw(trained, tmp_path), draw(trained, tmp_path, ema=False))
+def test_the_flag_no_ema_samples_with_the_plain_weights(trained, tmp_path, quick_plots):
+    assert not torch.equal(
+        sample_tiny(trained, tmp_path), sample_tiny(trained, tmp_path, ema=False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -361,17 +396,23 @@ def decided(trained, tmp_path_factory):
     return path
 
 
-def test_classes_are_drawn_in_turn_or_as_chosen(decided, tmp_path, quick_plots):
-    """Picture 1 of all classes in turn is of class 1, as it is when only that class is drawn."""
-    everything = draw(decided, tmp_path, num_samples=6)
-    squares = draw(decided, tmp_path, num_samples=6, classes="square")
-    mixed = draw(decided, tmp_path, num_samples=6, classes="stripes,square")
-    assert [(everything[i] - squares[i]).abs().max() <= 1 for i in range(6)] == [i % 3 == 1 for i in range(6)]
-    assert [(mixed[i] - squares[i]).abs().max() <= 1 for i in range(6)] == [i % 2 == 1 for i in range(6)]
+def test_classes_are_sampled_in_turn_or_as_chosen(decided, tmp_path, quick_plots):
+    """Image 1 of all classes in turn is of class 1, as it is when only that class is sampled."""
+    everything = sample_tiny(decided, tmp_path, num_samples=6)
+    squares = sample_tiny(decided, tmp_path, num_samples=6, classes="square")
+    mixed = sample_tiny(decided, tmp_path, num_samples=6, classes="stripes,square")
+    assert [(everything[i] - squares[i]).abs().max() <= 1 for i in range(6)] == [
+        i % 3 == 1 for i in range(6)
+    ]
+    assert [(mixed[i] - squares[i]).abs().max() <= 1 for i in range(6)] == [
+        i % 2 == 1 for i in range(6)
+    ]
 
 
-def test_guidance_changes_the_pictures(decided, tmp_path, quick_plots):
-    assert (draw(decided, tmp_path) - draw(decided, tmp_path, guidance=4.0)).abs().max() > 5
+def test_guidance_changes_the_images(decided, tmp_path, quick_plots):
+    assert (
+        sample_tiny(decided, tmp_path) - sample_tiny(decided, tmp_path, guidance=4.0)
+    ).abs().max() > 5
 
 
 def test_an_unknown_class_is_an_error_naming_the_known(sample, tmp_path, capsys):
@@ -385,7 +426,7 @@ def test_an_unknown_class_is_an_error_naming_the_known(sample, tmp_path, capsys)
     )
 
 
-def test_a_model_trained_in_fp16_draws_where_there_is_none(train, main, tmp_path, capsys):
+def test_a_model_trained_in_fp16_samples_where_there_is_none(train, main, tmp_path, capsys):
     """fp16 was for the GPU that it was trained on; asked for by name it is still refused."""
     assert train() == 0
     path = tmp_path / "saved_models" / "denoise_model.pt"
@@ -393,12 +434,14 @@ def test_a_model_trained_in_fp16_draws_where_there_is_none(train, main, tmp_path
     torch.save(saved | dict(config=saved["config"] | dict(precision="fp16")), path)
     assert main("--mode sample --num_samples 1 --sampling_steps 2 --device cpu") == 0
     capsys.readouterr()
-    assert main("--mode sample --num_samples 1 --sampling_steps 2 --device cpu --precision fp16") == 1
+    assert (
+        main("--mode sample --num_samples 1 --sampling_steps 2 --device cpu --precision fp16") == 1
+    )
     assert "fp16 needs a CUDA GPU" in said_once(capsys)
 
 
 @pytest.mark.parametrize("flags", ("--guidance 3", "--classes disc"))
-def test_a_model_without_classes_is_told(train, main, tmp_path, capsys, flags):
+def test_a_model_without_classes_refuses_flags_for_classes(train, main, tmp_path, capsys, flags):
     assert train("--no_class_cond") == 0
     capsys.readouterr()
     assert main("--mode sample --num_samples 1 --sampling_steps 2", flags) == 1
@@ -435,27 +478,35 @@ def test_a_missing_model_is_an_error(main, tmp_path, capsys):
     assert "gone.pt" in said_once(capsys) and not tree(tmp_path)
 
 
-def test_pictures_of_28_pixels_come_back_with_28(main, tmp_path, quick_plots):
+def test_images_of_28_pixels_come_back_with_28(main, tmp_path, quick_plots):
     (tmp_path / "grey").mkdir()
     for i in range(4):
         Image.new("L", (28, 28), 60 * i).save(tmp_path / "grey" / f"{i}.png")
-    assert main("--mode train", TINY, "--image_size 28 --attention_at 16 --steps 1 --data_path grey") == 0
+    assert (
+        main("--mode train", TINY, "--image_size 28 --attention_at 16 --steps 1 --data_path grey")
+        == 0
+    )
     assert main("--mode sample --num_samples 2 --sampling_steps 2 --individual each") == 0
     assert Image.open(tmp_path / "each" / "00000.png").size == (28, 28)
     assert Image.open(tmp_path / "each" / "00000.png").mode == "L"
 
 
-def test_a_model_trained_on_another_device_draws_on_this_one(main, trained, tmp_path, quick_plots):
+def test_a_model_trained_on_another_device_samples_on_this_one(
+    main, trained, tmp_path, quick_plots
+):
     checkpoint = torch.load(trained, weights_only=True)
     checkpoint["config"]["device"] = "cuda"
     torch.save(checkpoint, tmp_path / "there.pt")
     assert main("--mode sample --num_samples 1 --sampling_steps 1 --model_path there.pt") == 0
 
 
-def test_the_shipped_model_draws_until_there_is_another(main, tmp_path, capsys, quick_plots):
+def test_the_included_model_is_sampled_from_until_there_is_another(
+    main, tmp_path, capsys, quick_plots
+):
     assert main("--mode sample --num_samples 2 --sampling_steps 1") == 0
     assert (
-        "animals.pt" in capsys.readouterr().out and (tmp_path / "samples" / "generated_sample.png").exists()
+        "animals.pt" in capsys.readouterr().out
+        and (tmp_path / "samples" / "generated_sample.png").exists()
     )
     assert (ROOT / "saved_models" / "animals.pt").stat().st_size < 10e6
 
@@ -463,13 +514,15 @@ def test_the_shipped_model_draws_until_there_is_another(main, tmp_path, capsys, 
 # ---- the program by itself
 
 
-def test_the_file_alone_in_an_empty_folder_trains_and_samples(program, pictures, tmp_path):
+def test_the_file_alone_in_an_empty_folder_trains_and_samples(program, image_folder, tmp_path):
     shutil.copy(ROOT / "ddpm.py", tmp_path)
-    result = program("--mode train", TINY, "--steps 2 --data_path", pictures, file="ddpm.py")
+    result = program("--mode train", TINY, "--steps 2 --data_path", image_folder, file="ddpm.py")
     assert result.returncode == 0, result.stderr
     result = program("--mode sample --num_samples 3 --sampling_steps 2", file="ddpm.py")
     assert result.returncode == 0, result.stderr
-    written = [line.strip() for line in result.stdout.split("Wrote:")[1].splitlines() if line.strip()]
+    written = [
+        line.strip() for line in result.stdout.split("Wrote:")[1].splitlines() if line.strip()
+    ]
     assert len(written) == 2 and all(Path(p).is_absolute() and Path(p).exists() for p in written)
     assert grid_of(tmp_path / "samples" / "generated_sample.png").std() > 5
 

@@ -1,4 +1,5 @@
-"""To and from diffusers: its pipelines sample the same images, its folders are read, and the rest refused."""
+"""To and from diffusers: its pipelines sample the same images, its folders are read, and the rest
+refused."""
 
 import dataclasses
 import inspect
@@ -24,7 +25,9 @@ WEIGHTS = f"unet/{convert.FILES[0]}"
 
 
 def config_of(**settings):
-    tiny = dict(image_size=16, patch=1, channels=8, channel_mults=(1, 2), attention_at=(8,), predict="v")
+    tiny = dict(
+        image_size=16, patch=1, channels=8, channel_mults=(1, 2), attention_at=(8,), predict="v"
+    )
     steps = dict(timesteps=50, sampling_steps=10, sampler="ddim", guidance=1.0)
     return ddpm.override(ddpm.Config(), **tiny | steps | settings)
 
@@ -43,7 +46,9 @@ def ours(path, n=4, labels=None, **settings):
     """The images (n, C, H, W) in [-1, 1] that ddpm.py samples, without guidance."""
     model, diffusion, config = ddpm.load_model(path)
     config = ddpm.override(config, **dict(guidance=1.0) | settings)
-    return [*ddpm.generate(model, diffusion, config, range(n), labels or [-1] * n)][-1][1].clamp(-1, 1)
+    return [*ddpm.generate(model, diffusion, config, range(n), labels or [-1] * n)][-1][1].clamp(
+        -1, 1
+    )
 
 
 def theirs(pipeline, n=4, **more):
@@ -59,15 +64,17 @@ def ddim(folder, n=4, steps=10):
 
 
 def same(a, b, free=0.2):
-    """Images of which enough is neither black nor white to tell, equal to a sixteenth of a grey level: to the
-    rounding of float32, which the division by a small sqrt(abar) makes larger, by machine up to 1.5e-4."""
+    """Images of which enough is neither black nor white to compare, equal to a sixteenth of a grey
+    level: to the rounding of float32, which the division by a small sqrt(abar) makes larger, by
+    machine up to 1.5e-4."""
     assert (a.abs() < 0.99).float().mean() > free
     torch.testing.assert_close(a, b, rtol=0, atol=5e-4)
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(*flags) runs convert.py's command line inside this process, in tmp_path; its exit code."""
+    """run(*flags) runs convert.py's command line inside this process, in tmp_path; its exit
+    code."""
     monkeypatch.chdir(tmp_path)
 
     return lambda *flags: exit_code(convert.main, *flags)
@@ -89,15 +96,22 @@ def refused(capsys, *expected):
 def test_ddim_pipeline_samples_our_images(tmp_path, predict, schedule):
     path = checkpoint(tmp_path / "m.pt", config_of(predict=predict, schedule=schedule))
     convert.to_diffusers(path, tmp_path / "d")
-    # What a random network takes for noise hardly matters: nearly all is clipped. A trained one is below.
+    # What a random network takes for noise hardly matters: nearly all is clipped. A trained one is
+    # below.
     same(ours(path), ddim(tmp_path / "d"), free=0.02 if predict == "eps" else 0.2)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_trained_model_that_predicts_noise_samples_the_same(run, pictures, quick_plots, schedule):
-    more = f"--predict eps --schedule {schedule} --timesteps 1000 --no_class_cond --steps 60 --lr 1e-2"
-    here = places(Path(), pictures)
-    assert ddpm.main(words("--mode train", TINY, more, "--batch_size 8 --ema_decay 0.9", *here)) == 0
+def test_a_trained_model_that_predicts_noise_samples_the_same(
+    run, image_folder, quick_plots, schedule
+):
+    more = (
+        f"--predict eps --schedule {schedule} --timesteps 1000 --no_class_cond --steps 60 --lr 1e-2"
+    )
+    here = places(Path(), image_folder)
+    assert (
+        ddpm.main(words("--mode train", TINY, more, "--batch_size 8 --ema_decay 0.9", *here)) == 0
+    )
     assert run("--to_diffusers d --model_path model.pt") == 0
     same(ours("model.pt", sampler="ddim", sampling_steps=50), ddim("d", steps=50))
 
@@ -112,7 +126,12 @@ def test_a_trained_model_that_predicts_noise_samples_the_same(run, pictures, qui
         (3, dict(attention="none")),
         (3, dict(attention="none", attention_at=(64,), dropout=0.5)),
         (1, dict(image_size=28, attention_at=(16,))),
-        (3, dict(timesteps=1000, schedule="linear", beta_start=1e-3, beta_end=0.1, sampling_steps=50)),
+        (
+            3,
+            dict(
+                timesteps=1000, schedule="linear", beta_start=1e-3, beta_end=0.1, sampling_steps=50
+            ),
+        ),
     ],
 )
 def test_networks_of_many_forms_sample_the_same(tmp_path, channels, settings):
@@ -137,7 +156,9 @@ def test_diffusers_finds_the_pipeline_by_itself_and_misses_or_ignores_no_option(
     pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "d")
     diffusers.utils.logging.disable_propagation()
     said = [record.getMessage() for record in caplog.records]
-    assert not [text for text in said if "accelerate" not in text]  # it would like that to be installed
+    assert not [
+        text for text in said if "accelerate" not in text
+    ]  # it would like that to be installed
     assert isinstance(pipeline, diffusers.DDPMPipeline)
     for part, name in ((pipeline.unet, UNET), (pipeline.scheduler, SCHEDULER)):
         written = json.loads((tmp_path / "d" / name).read_text())
@@ -155,7 +176,7 @@ def test_weights_are_the_ema_ones_or_the_plain_ones(tmp_path):
 
 
 @pytest.mark.parametrize("label", [-1, 0, 2])
-def test_a_class_or_none_is_folded_into_the_weights(run, capsys, label):
+def test_a_class_or_none_becomes_part_of_the_weights(run, capsys, label):
     names = ["cat", "dog", "lion"]
     path = checkpoint("m.pt", config_of(), classes=names)
     flags = ["--classes", names[label]] if label >= 0 else []
@@ -164,14 +185,18 @@ def test_a_class_or_none_is_folded_into_the_weights(run, capsys, label):
     here = ours(path, labels=[label] * 4)
     same(here, ddim("d"))
     for other in {-1, 0, 1, 2} - {label}:
-        assert (here - ours(path, labels=[other] * 4)).abs().max() > 0.02, "two labels sample the same"
+        assert (here - ours(path, labels=[other] * 4)).abs().max() > 0.02, (
+            "two labels sample the same"
+        )
     config = json.loads(Path("d", UNET).read_text())
     assert config["num_class_embeds"] is None and config["class_embed_type"] is None
 
 
-def test_the_snippet_of_the_readme_samples_what_ddpm_samples(run, pictures, quick_plots):
+def test_the_snippet_of_the_readme_samples_what_ddpm_samples(run, image_folder, quick_plots):
     """From the README's own lines: both commands, and the Python between them."""
-    section = re.search(r"## To and from diffusers\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)[1]
+    section = re.search(
+        r"## To and from diffusers\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S
+    )[1]
     blocks = re.findall(r"((?:^    .*\n|^\n)+)", section, re.M)
     [snippet] = [inspect.cleandoc(block) for block in blocks if "DDIMPipeline" in block]
     commands = re.findall(r"^    python (\S+) (.*)", section, re.M)
@@ -197,7 +222,10 @@ def test_the_snippet_of_the_readme_samples_what_ddpm_samples(run, pictures, quic
         (dict(patch=2), ("--patch 2", "--patch 1")),
         (dict(attention="linear"), ("--attention linear", "--attention full")),
         (dict(channel_mults=(2, 4)), ("--channel_mults (2, 4)", "--channel_mults 1")),
-        (dict(timesteps=1000, schedule="linear", beta_end=0.2), ("--beta_end 0.2", "--beta_end 0.02")),
+        (
+            dict(timesteps=1000, schedule="linear", beta_end=0.2),
+            ("--beta_end 0.2", "--beta_end 0.02"),
+        ),
     ],
 )
 def test_what_diffusers_cannot_express_is_refused(run, capsys, settings, expected):
@@ -238,6 +266,7 @@ def test_a_folder_is_written_whole_or_not_at_all_and_never_over_another(run, cap
     assert str(Path("empty", UNET).resolve()) in capsys.readouterr().out
 
     write, before = ddpm.atomic_write, tree(".")
+
     def fail(path, content):
         if path.suffix == ".safetensors":
             raise OSError(28, "No space left on device", str(path))
@@ -249,31 +278,33 @@ def test_a_folder_is_written_whole_or_not_at_all_and_never_over_another(run, cap
     assert tree(".") == before and not Path("new").exists()
 
 
-def test_without_a_model_of_ones_own_the_one_that_comes_along_is_taken(run, capsys):
+def test_without_a_model_of_ones_own_the_included_one_is_taken(run, capsys):
     assert run("--to_diffusers d") == 1
     refused(capsys, "animals.pt was trained with --patch 2")
 
 
 # ---- from diffusers
 
-PUBLISHED = dict(  # of the model for CIFAR-10 that the paper's authors released, as diffusers has it
-    act_fn="silu",
-    attention_head_dim=None,
-    block_out_channels=[128, 256, 256, 256],
-    center_input_sample=False,
-    down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-    downsample_padding=0,
-    flip_sin_to_cos=False,
-    freq_shift=1,
-    in_channels=3,
-    layers_per_block=2,
-    mid_block_scale_factor=1,
-    norm_eps=1e-6,
-    norm_num_groups=32,
-    out_channels=3,
-    sample_size=32,
-    time_embedding_type="positional",
-    up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+PUBLISHED = (
+    dict(  # of the model for CIFAR-10 that the paper's authors released, as diffusers has it
+        act_fn="silu",
+        attention_head_dim=None,
+        block_out_channels=[128, 256, 256, 256],
+        center_input_sample=False,
+        down_block_types=["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        in_channels=3,
+        layers_per_block=2,
+        mid_block_scale_factor=1,
+        norm_eps=1e-6,
+        norm_num_groups=32,
+        out_channels=3,
+        sample_size=32,
+        time_embedding_type="positional",
+        up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    )
 )
 OF_CLASS = dict(_class_name="UNet2DModel", _diffusers_version="0.0.4")
 PUBLISHED_SCHEDULER = dict(
@@ -301,7 +332,9 @@ def old_names(state):
     """Attention as in folders from before diffusers 0.15."""
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for word, old in new.items():
-        state = {re.sub(rf"(attentions\.\d)\.{word}\.", rf"\1.{old}.", k): v for k, v in state.items()}
+        state = {
+            re.sub(rf"(attentions\.\d)\.{word}\.", rf"\1.{old}.", k): v for k, v in state.items()
+        }
     return state
 
 
@@ -321,7 +354,10 @@ def test_the_published_cifar10_model_is_read(run, tmp_path):
     """Its folder is flat, its attention has the old names, its weights are in a .bin."""
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(**PUBLISHED).eval()
-    for name in ("norm1.weight", "norm2.weight"):  # as it comes, a new network outputs next to nothing
+    for name in (
+        "norm1.weight",
+        "norm2.weight",
+    ):  # as it comes, a new network outputs next to nothing
         for key, p in unet.named_parameters():
             if key.endswith(name):
                 p.data *= 3
@@ -360,7 +396,10 @@ def test_folders_of_every_form_are_read(run, capsys, form):
     if form["old"]:
         read, write = ddpm.torch.load, torch.save
         if form["safe"]:
-            read, write = convert.import_safetensors().load_file, convert.import_safetensors().save_file
+            read, write = (
+                convert.import_safetensors().load_file,
+                convert.import_safetensors().save_file,
+            )
         write(old_names(read(weights)), weights)
     if form["flat"]:
         for file in [*Path("d/unet").iterdir(), *Path("d/scheduler").iterdir()]:
@@ -403,7 +442,7 @@ def test_networks_of_diffusers_are_read_with_their_prediction(run, prediction, s
 
 @pytest.mark.parametrize("given", ["name", "betas"])
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_schedules_are_told_by_their_betas(run, kind, given):
+def test_schedules_are_found_by_their_betas(run, kind, given):
     """What comes back has diffusers' own alpha-bars, be they given by name or one by one."""
     name = {"quadratic": "scaled_linear", "cosine": "squaredcos_cap_v2"}.get(kind, kind)
     ends = dict(beta_start=2e-4, beta_end=0.03)
@@ -416,10 +455,14 @@ def test_schedules_are_told_by_their_betas(run, kind, given):
     assert run("--from_diffusers d --model_path m.pt") == 0
     _, diffusion, config = ddpm.load_model("m.pt")
     assert config.schedule == kind
-    torch.testing.assert_close(diffusion.abar[:-1].float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        diffusion.abar[:-1].float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("attention, schedule", [*(("full", s) for s in SCHEDULES), ("none", "linear")])
+@pytest.mark.parametrize(
+    "attention, schedule", [*(("full", s) for s in SCHEDULES), ("none", "linear")]
+)
 def test_there_and_back_gives_the_same_weights_and_settings(run, attention, schedule):
     settings = dict(dropout=0.1, channel_mults=(1, 2, 2), res_blocks=2)
     config = config_of(schedule=schedule, attention=attention, **settings)
@@ -429,7 +472,9 @@ def test_there_and_back_gives_the_same_weights_and_settings(run, attention, sche
     before, after = ddpm.read_checkpoint("m.pt"), ddpm.read_checkpoint("back.pt")
     assert before["ema"].keys() == after["ema"].keys() == after["weights"].keys()
     for name, value in before["ema"].items():
-        assert torch.equal(value, after["ema"][name]) and torch.equal(value, after["weights"][name]), name
+        assert torch.equal(value, after["ema"][name]) and torch.equal(
+            value, after["weights"][name]
+        ), name
     a, b = (ddpm.load_model(path)[1].abar for path in ("m.pt", "back.pt"))
     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
     kept = ddpm.load_model("back.pt")[2]
@@ -438,8 +483,12 @@ def test_there_and_back_gives_the_same_weights_and_settings(run, attention, sche
     assert different <= {"attention_at" if attention == "none" else "", "class_cond"}
 
 
-def test_a_converted_checkpoint_samples_and_trains_on(run, main, pictures, quick_plots, capsys):
-    kinds = dict(down_block_types=SMALL["down_block_types"][:2], up_block_types=SMALL["up_block_types"][2:])
+def test_a_converted_checkpoint_samples_and_starts_a_training(
+    run, main, image_folder, quick_plots, capsys
+):
+    kinds = dict(
+        down_block_types=SMALL["down_block_types"][:2], up_block_types=SMALL["up_block_types"][2:]
+    )
     unet = SMALL | kinds | dict(block_out_channels=[8, 16], sample_size=16, layers_per_block=1)
     scheduler = diffusers.DDPMScheduler(num_train_timesteps=50, prediction_type="v_prediction")
     diffusers.DDPMPipeline(their_unet(unet), scheduler).save_pretrained("d")
@@ -449,7 +498,7 @@ def test_a_converted_checkpoint_samples_and_trains_on(run, main, pictures, quick
     assert sampled.shape == (4, 16, 16, 3) and sampled.std() > 20
     capsys.readouterr()
     more = "--no_class_cond --steps 2 --init_from m.pt"
-    assert main("--mode train", TINY, more, *places(Path("on"), pictures)) == 0
+    assert main("--mode train", TINY, more, *places(Path("on"), image_folder)) == 0
     out = capsys.readouterr().out
     own = len(ddpm.read_checkpoint("m.pt")["weights"])
     assert f"{own} of {own} tensors; new: none" in out
@@ -520,7 +569,9 @@ def pickled(content):
 
 RISING = np.linspace(1e-4, 0.02, 1000)
 BENT = RISING * (1 + 0.01 * np.sin(np.linspace(0, np.pi, 1000)))  # by 1 % in the middle
-PLAIN = [option(UNET, f"{side.lower()}_block_types", [f"{side}Block2D"] * 4) for side in ("Down", "Up")]
+PLAIN = [
+    option(UNET, f"{side.lower()}_block_types", [f"{side}Block2D"] * 4) for side in ("Down", "Up")
+]
 ATTENTIVE = ["AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"]
 REFUSED = {
     # parts that are missing or damaged
@@ -535,14 +586,23 @@ REFUSED = {
     # other networks
     "conditional": (option(UNET, "_class_name", "UNet2DConditionModel"), "UNet2DConditionModel"),
     "nameless": (option(UNET, "_class_name", None), "UNet2DModel"),
-    "down blocks": (option(UNET, "down_block_types", ["ResnetDownsampleBlock2D"] * 4), "down_block_types"),
+    "down blocks": (
+        option(UNET, "down_block_types", ["ResnetDownsampleBlock2D"] * 4),
+        "down_block_types",
+    ),
     "up blocks": (option(UNET, "up_block_types", ["AttnUpBlock2D"] * 4), "up_block_types"),
-    "attention in the middle only": (lambda folder: [spoil(folder) for spoil in PLAIN], "down_block_types"),
+    "attention in the middle only": (
+        lambda folder: [spoil(folder) for spoil in PLAIN],
+        "down_block_types",
+    ),
     "unequal": (option(UNET, "down_block_types", ATTENTIVE), "up_block_types"),
     "class names": (option(UNET, "num_class_embeds", 10), "num_class_embeds"),
     "class times": (option(UNET, "class_embed_type", "timestep"), "class_embed_type"),
     "gelu": (option(UNET, "act_fn", "gelu"), "act_fn"),
-    "scale and shift": (option(UNET, "resnet_time_scale_shift", "scale_shift"), "resnet_time_scale_shift"),
+    "scale and shift": (
+        option(UNET, "resnet_time_scale_shift", "scale_shift"),
+        "resnet_time_scale_shift",
+    ),
     "frequencies": (option(UNET, "freq_shift", 0), "freq_shift"),
     "cosines first": (option(UNET, "flip_sin_to_cos", True), "flip_sin_to_cos"),
     "fourier": (option(UNET, "time_embedding_type", "fourier"), "time_embedding_type"),
@@ -572,7 +632,10 @@ REFUSED = {
     "giant": (option(UNET, "block_out_channels", [2**40] * 4), "out of range"),
     "newer option": (option(UNET, "warp_speed", 9), "warp_speed"),
     # other schedulers
-    "foreign scheduler": (option(SCHEDULER, "_class_name", "ScoreSdeVeScheduler"), "ScoreSdeVeScheduler"),
+    "foreign scheduler": (
+        option(SCHEDULER, "_class_name", "ScoreSdeVeScheduler"),
+        "ScoreSdeVeScheduler",
+    ),
     "thresholding": (option(SCHEDULER, "thresholding", True), "thresholding"),
     "unclipped": (option(SCHEDULER, "clip_sample", False), "clip_sample"),
     "clip range": (option(SCHEDULER, "clip_sample_range", 2.0), "clip_sample_range"),
@@ -592,8 +655,14 @@ REFUSED = {
     # weights
     "missing tensor": (tensors(lambda w: w.pop("mid_block.attentions.0.to_k.bias")), "to_k.bias"),
     "tensor too many": (tensors(lambda w: w.update(extra=torch.zeros(1))), "extra"),
-    "shape": (tensors(lambda w: w.update({"conv_in.bias": torch.zeros(9)})), "conv_in.bias is (9,)"),
-    "nan": (tensors(lambda w: w["conv_in.bias"].fill_(float("nan"))), "conv_in.bias has values that are not"),
+    "shape": (
+        tensors(lambda w: w.update({"conv_in.bias": torch.zeros(9)})),
+        "conv_in.bias is (9,)",
+    ),
+    "nan": (
+        tensors(lambda w: w["conv_in.bias"].fill_(float("nan"))),
+        "conv_in.bias has values that are not",
+    ),
     "infinite": (tensors(lambda w: w["conv_out.bias"].fill_(float("inf"))), "conv_out.bias"),
     "malicious": (pickled(Malicious()), "more than tensors"),
     "malicious value": (pickled({"conv_in.bias": Malicious()}), "more than tensors"),
@@ -603,7 +672,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_we_cannot_express_is_refused_by_name_and_nothing_is_touched(run, folder, capsys, case):
+def test_what_we_cannot_express_is_refused_by_name_and_nothing_is_touched(
+    run, folder, capsys, case
+):
     spoil, expected = REFUSED[case]
     shutil.copytree(folder, "d")
     spoil(Path("d"))
@@ -638,7 +709,12 @@ def test_the_defaults_are_those_of_diffusers():
         (diffusers.DDIMScheduler, convert.SCHEDULER_DEFAULTS),
     ):
         for name, p in list(inspect.signature(kind.__init__).parameters.items())[1:]:
-            written = name in ("sample_size", "block_out_channels", "down_block_types", "up_block_types")
+            written = name in (
+                "sample_size",
+                "block_out_channels",
+                "down_block_types",
+                "up_block_types",
+            )
             assert written or defaults[name] == p.default, name
 
 

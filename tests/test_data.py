@@ -1,4 +1,5 @@
-"""The data path: which files are read, what becomes of every kind of image, the cache, and batches."""
+"""The data path: which files are read, what becomes of every kind of image, the cache, and
+batches."""
 
 import builtins
 import dataclasses
@@ -20,7 +21,9 @@ import ddpm
 
 
 def config(path, **more):
-    return ddpm.preset("animals", **{"data_path": str(path), "image_size": 16, "hflip": False} | more)
+    return ddpm.preset(
+        "animals", **{"data_path": str(path), "image_size": 16, "hflip": False} | more
+    )
 
 
 def load(path, **more):
@@ -46,11 +49,15 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     for i in range(3):
         flat("RGB", (i, 0, 0)).save(tmp_path / f"{i}.png")
     images = load(tmp_path)
-    assert len(images.train) == 3 and images.class_names == [] and images.labels.tolist() == [-1, -1, -1]
+    assert (
+        len(images.train) == 3
+        and images.class_names == []
+        and images.labels.tolist() == [-1, -1, -1]
+    )
 
 
-def test_sub_folders_are_classes_in_alphabetical_order(pictures, tmp_path):
-    images = load(pictures, download_dir=str(tmp_path))
+def test_sub_folders_are_classes_in_alphabetical_order(image_folder, tmp_path):
+    images = load(image_folder, download_dir=str(tmp_path))
     assert images.class_names == ["disc", "square", "stripes"]
     assert images.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
 
@@ -64,12 +71,22 @@ def test_folders_deeper_down_belong_to_the_first(tmp_path):
 
 
 @pytest.mark.parametrize("more, expected", [({"class_cond": False}, 0), ({}, 3)])
-def test_classes_are_learned_only_when_wanted(pictures, tmp_path, more, expected):
-    assert len(load(pictures, download_dir=str(tmp_path), **more).class_names) == expected
+def test_classes_are_used_only_when_wanted(image_folder, tmp_path, more, expected):
+    assert len(load(image_folder, download_dir=str(tmp_path), **more).class_names) == expected
 
 
 def test_suffixes_count_in_any_case_and_other_files_and_dotfiles_do_not(tmp_path):
-    for name in ("a.png", "b.PNG", "c.JpG", "d.jpeg", "e.WEBP", "f.bmp", "g.TIF", "h.tiff", "i.gif"):
+    for name in (
+        "a.png",
+        "b.PNG",
+        "c.JpG",
+        "d.jpeg",
+        "e.WEBP",
+        "f.bmp",
+        "g.TIF",
+        "h.tiff",
+        "i.gif",
+    ):
         flat("RGB", "red").save(tmp_path / name)
     (tmp_path / ".hidden").mkdir()
     shutil.copy(tmp_path / "a.png", tmp_path / ".a.png")
@@ -106,9 +123,9 @@ def test_a_loop_of_links_ends_and_counts_no_image_twice(tmp_path):
     assert len(load(tmp_path).train) == 1
 
 
-def test_max_images_is_a_fixed_choice_by_the_seed(pictures, tmp_path):
+def test_max_images_is_a_fixed_choice_by_the_seed(image_folder, tmp_path):
     def chosen(**more):
-        return load(pictures, download_dir=str(tmp_path), max_images=10, **more).pixels
+        return load(image_folder, download_dir=str(tmp_path), max_images=10, **more).pixels
 
     assert chosen().shape[0] == 10 and torch.equal(chosen(), chosen())
     assert not torch.equal(chosen(), chosen(seed=1))
@@ -163,7 +180,11 @@ def test_the_transparent_colour_of_a_palette_is_white(tmp_path):
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.save(tmp_path / "p.png", transparency=0)
     pixels = one(tmp_path)
-    assert pixels[:, 8, 2].tolist() == [255, 255, 255] and pixels[:, 8, 13].tolist() == [200, 100, 50]
+    assert pixels[:, 8, 2].tolist() == [255, 255, 255] and pixels[:, 8, 13].tolist() == [
+        200,
+        100,
+        50,
+    ]
 
 
 def test_one_bit_images_are_black_and_white(tmp_path):
@@ -186,7 +207,8 @@ def test_a_dark_sixteen_bit_image_stays_dark(tmp_path):
 
 
 def test_a_nearly_black_sixteen_bit_image_is_black(tmp_path):
-    """200 of 65535 is 0.8 of 255: the depth is the file's, not a guess from its brightest pixel."""
+    """200 of 65535 is 0.8 of 255: the depth is the file's, not estimated from its brightest
+    pixel."""
     Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "p.png")
     assert one(tmp_path).max() <= 1
 
@@ -208,7 +230,9 @@ def test_the_orientation_in_exif_is_applied(tmp_path):
 
 
 def test_the_first_frame_of_an_animation_is_taken(tmp_path):
-    flat("RGB", (255, 0, 0)).save(tmp_path / "p.gif", save_all=True, append_images=[flat("RGB", (0, 0, 255))])
+    flat("RGB", (255, 0, 0)).save(
+        tmp_path / "p.gif", save_all=True, append_images=[flat("RGB", (0, 0, 255))]
+    )
     np.testing.assert_allclose(one(tmp_path)[:, 8, 8], (255, 0, 0), atol=1)
 
 
@@ -237,7 +261,9 @@ def test_images_are_resized_with_antialiasing(tmp_path):
 
 def test_a_large_jpeg_is_right_at_a_small_size(tmp_path):
     y, x = np.mgrid[:400, :400]
-    Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8) // 2).save(tmp_path / "p.jpg", quality=95)
+    Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8) // 2).save(
+        tmp_path / "p.jpg", quality=95
+    )
     ramp = (np.arange(16) + 0.5) * 25 % 256 // 2
     assert np.abs(one(tmp_path)[0].mean(0)[1:9] - ramp[1:9]).max() < 4
 
@@ -267,7 +293,9 @@ def test_a_few_unreadable_files_are_listed_and_left_out(tmp_path, capsys):
     assert len(images.train) == 21 and images.num_unreadable == 1
     assert "bad0.png" in capsys.readouterr().err
     rows = np.sort(np.concatenate([images.order(0), images.validation]))
-    assert sorted(images.pixels[rows, 0, 0, 0].tolist()) == list(range(21)), "without the unreadable one"
+    assert sorted(images.pixels[rows, 0, 0, 0].tolist()) == list(range(21)), (
+        "without the unreadable one"
+    )
 
 
 @pytest.mark.parametrize("good, unreadable", [(19, 1), (0, 1), (5, 5)])
@@ -293,12 +321,12 @@ def test_a_decompression_bomb_is_refused(tmp_path):
 # ---- the cache of decoded images
 
 
-def test_the_cache_holds_what_the_files_do(pictures, tmp_path):
-    first, second = [load(pictures, download_dir=str(tmp_path)) for _ in range(2)]
+def test_the_cache_holds_what_the_files_do(image_folder, tmp_path):
+    first, second = [load(image_folder, download_dir=str(tmp_path)) for _ in range(2)]
     assert len(list(tmp_path.rglob("*.npy"))) == 1
-    names = sorted(str(path.relative_to(pictures)) for path in pictures.rglob("*.png"))
+    names = sorted(str(path.relative_to(image_folder)) for path in image_folder.rglob("*.png"))
     for row, name in enumerate(names):
-        with Image.open(pictures / name) as image:
+        with Image.open(image_folder / name) as image:
             expected = ddpm.decode(image, 16, 3)
         assert np.array_equal(first.pixels[row].numpy(), expected), name
     assert torch.equal(first.pixels, second.pixels) and torch.equal(first.labels, second.labels)
@@ -307,14 +335,16 @@ def test_the_cache_holds_what_the_files_do(pictures, tmp_path):
 
 
 def test_the_cache_is_a_file_and_its_errors_in_download_dir(tmp_path):
-    """However few images there are; what is learned is what is in it."""
+    """However few images there are; training uses what is in it."""
     root = folder_with_unreadable(tmp_path / "few", 25, 1)
     images = load(root, download_dir=str(tmp_path / "d"))
     files = sorted((tmp_path / "d").rglob("*.*"))
     assert [path.suffix for path in files] == [".json", ".npy"]
     assert {path.parent for path in files} == {tmp_path / "d" / "decoded"}
     pixels, unreadable = ddpm.read_cache(files[1])
-    assert np.array_equal(pixels, images.pixels.numpy()) and np.array_equal(pixels, np.load(files[1]))
+    assert np.array_equal(pixels, images.pixels.numpy()) and np.array_equal(
+        pixels, np.load(files[1])
+    )
     assert list(unreadable) == [0] and "UnidentifiedImageError" in unreadable[0]
     assert not set(images.train) & {0} and len(images.train) == 25
 
@@ -339,10 +369,10 @@ def test_a_damaged_cache_is_decoded_anew(tmp_path, suffix, n):
     assert path.read_bytes() == whole
 
 
-def test_the_second_start_decodes_nothing(pictures, tmp_path, monkeypatch):
-    load(pictures, download_dir=str(tmp_path))
+def test_the_second_start_decodes_nothing(image_folder, tmp_path, monkeypatch):
+    load(image_folder, download_dir=str(tmp_path))
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
-    assert len(load(pictures, download_dir=str(tmp_path)).train) == 24
+    assert len(load(image_folder, download_dir=str(tmp_path)).train) == 24
 
 
 def test_the_cache_remembers_what_was_unreadable(tmp_path):
@@ -351,9 +381,9 @@ def test_the_cache_remembers_what_was_unreadable(tmp_path):
 
 
 @pytest.mark.parametrize("change", ("pixels", "new", "gone", "size", "max_images"))
-def test_whatever_changes_makes_a_new_cache(pictures, tmp_path, change):
+def test_whatever_changes_makes_a_new_cache(image_folder, tmp_path, change):
     root = tmp_path / "mine"
-    shutil.copytree(pictures, root)
+    shutil.copytree(image_folder, root)
     before, more, victim = load(root).pixels.clone(), {}, root / "disc" / "0.png"
     if change == "pixels":
         flat("RGB", (1, 2, 3), (20, 20)).save(victim)
@@ -370,11 +400,11 @@ def test_whatever_changes_makes_a_new_cache(pictures, tmp_path, change):
     assert torch.equal(after, fresh)
 
 
-def test_the_pixels_in_a_cache_file_cannot_be_written_to_by_accident(pictures, tmp_path):
-    images = load(pictures, download_dir=str(tmp_path))
+def test_the_pixels_in_a_cache_file_cannot_be_written_to_by_accident(image_folder, tmp_path):
+    images = load(image_folder, download_dir=str(tmp_path))
     original = images.pixels.clone()
     images.pixels.zero_()
-    assert torch.equal(load(pictures, download_dir=str(tmp_path)).pixels, original)
+    assert torch.equal(load(image_folder, download_dir=str(tmp_path)).pixels, original)
 
 
 def decode_in_a_process(path, download_dir, start, results):
@@ -382,12 +412,14 @@ def decode_in_a_process(path, download_dir, start, results):
     results.put(ddpm.load_images(config(path, download_dir=download_dir)).pixels.numpy().tobytes())
 
 
-def test_two_starts_at_once_are_both_right(pictures, tmp_path):
-    expected = load(pictures, download_dir=str(tmp_path)).pixels.numpy().tobytes()
+def test_two_starts_at_once_are_both_right(image_folder, tmp_path):
+    expected = load(image_folder, download_dir=str(tmp_path)).pixels.numpy().tobytes()
     context = multiprocessing.get_context("spawn")
     start, results = context.Event(), context.Queue()
     processes = [
-        context.Process(target=decode_in_a_process, args=(pictures, str(tmp_path / "d"), start, results))
+        context.Process(
+            target=decode_in_a_process, args=(image_folder, str(tmp_path / "d"), start, results)
+        )
         for _ in range(2)
     ]
     for process in processes:
@@ -403,8 +435,8 @@ def test_two_starts_at_once_are_both_right(pictures, tmp_path):
 # ---- batches
 
 
-def test_a_batch_is_a_pure_function_of_the_step(pictures, tmp_path):
-    a, b = (load(pictures, download_dir=str(tmp_path)) for _ in range(2))
+def test_a_batch_is_a_pure_function_of_the_step(image_folder, tmp_path):
+    a, b = (load(image_folder, download_dir=str(tmp_path)) for _ in range(2))
     for step in (5, 0, 11, 5):
         for x, y in zip(a.batch(step, 4), b.batch(step, 4)):
             assert torch.equal(x, y)
@@ -413,8 +445,10 @@ def test_a_batch_is_a_pure_function_of_the_step(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("num_micro_batches", (2, 3, 6))
-def test_the_micro_batches_of_a_batch_together_are_the_batch(pictures, tmp_path, num_micro_batches):
-    images = load(pictures, download_dir=str(tmp_path))
+def test_the_micro_batches_of_a_batch_together_are_the_batch(
+    image_folder, tmp_path, num_micro_batches
+):
+    images = load(image_folder, download_dir=str(tmp_path))
     for step in (0, 2, 5, 9):  # some across the end of an epoch
         whole = images.batch(step, 18)
         parts = [images.batch(step, 18, i, num_micro_batches) for i in range(num_micro_batches)]
@@ -423,25 +457,27 @@ def test_the_micro_batches_of_a_batch_together_are_the_batch(pictures, tmp_path,
 
 
 @pytest.mark.parametrize("batch_size", (1, 5, 7, 24, 40))
-def test_an_epoch_shows_each_image_once_whatever_the_batch(pictures, tmp_path, batch_size):
-    images = load(pictures, download_dir=str(tmp_path))
-    seen = torch.cat([images.batch(step, batch_size)[0] for step in range(96 // batch_size + 1)])[:96]
+def test_an_epoch_shows_each_image_once_whatever_the_batch(image_folder, tmp_path, batch_size):
+    images = load(image_folder, download_dir=str(tmp_path))
+    seen = torch.cat([images.batch(step, batch_size)[0] for step in range(96 // batch_size + 1)])[
+        :96
+    ]
     epochs = seen.flatten(1).reshape(4, 24, -1)
     distinct = [epoch.unique(dim=0) for epoch in epochs]
     assert all(len(d) == 24 for d in distinct)
     assert not torch.equal(epochs[0], epochs[1]), "each epoch has an order of its own"
 
 
-def test_labels_stay_with_their_images(pictures, tmp_path):
-    images = load(pictures, download_dir=str(tmp_path))
+def test_labels_stay_with_their_images(image_folder, tmp_path):
+    images = load(image_folder, download_dir=str(tmp_path))
     for step in range(6):
         for x, label in zip(*images.batch(step, 4)):
             row = next(i for i in range(24) if torch.equal(ddpm.to_network(images.pixels[i]), x))
             assert label == row // 8
 
 
-def test_images_are_in_the_range_of_the_network(pictures, tmp_path):
-    x, _ = load(pictures, download_dir=str(tmp_path)).batch(0, 24)
+def test_images_are_in_the_range_of_the_network(image_folder, tmp_path):
+    x, _ = load(image_folder, download_dir=str(tmp_path)).batch(0, 24)
     assert x.dtype == torch.float32 and -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
 
 
@@ -451,9 +487,9 @@ def test_one_image_is_enough(tmp_path):
     assert x.shape == (5, 3, 16, 16) and y.tolist() == [-1] * 5
 
 
-def test_mirroring_is_decided_for_each_image_by_torchs_generator(pictures, tmp_path):
-    plain = load(pictures, download_dir=str(tmp_path)).batch(0, 24)[0]
-    images, mirrored = load(pictures, download_dir=str(tmp_path), hflip=True), 0
+def test_mirroring_is_decided_for_each_image_by_torchs_generator(image_folder, tmp_path):
+    plain = load(image_folder, download_dir=str(tmp_path)).batch(0, 24)[0]
+    images, mirrored = load(image_folder, download_dir=str(tmp_path), hflip=True), 0
     for seed in range(20):
         torch.manual_seed(seed)
         x = images.batch(0, 24)[0]
@@ -467,12 +503,15 @@ def test_mirroring_is_decided_for_each_image_by_torchs_generator(pictures, tmp_p
     assert abs(mirrored - 0.5) < 0.1
 
 
-def test_the_validation_images_are_kept_out_and_stays_the_same(pictures, tmp_path):
+def test_the_validation_images_are_kept_out_and_stay_the_same(image_folder, tmp_path):
     first, again, other = (
-        load(pictures, download_dir=str(tmp_path), holdout=0.25, seed=s) for s in (0, 0, 1)
+        load(image_folder, download_dir=str(tmp_path), holdout=0.25, seed=s) for s in (0, 0, 1)
     )
     assert len(first.validation) == 6 and len(first.train) == 18
-    assert not set(first.validation) & set(first.train) and len({*first.validation, *first.train}) == 24
+    assert (
+        not set(first.validation) & set(first.train)
+        and len({*first.validation, *first.train}) == 24
+    )
     np.testing.assert_array_equal(first.validation, again.validation)
     assert set(first.validation) != set(other.validation)
     shown = torch.cat([first.batch(s, 6)[0] for s in range(3)])
@@ -518,18 +557,21 @@ def test_a_blocked_download_says_where_to_put_the_files(tmp_path, monkeypatch, n
 
 
 @pytest.mark.skipif(
-    "DDPM_TEST_DATA" not in os.environ, reason="DDPM_TEST_DATA names no folder with FashionMNIST/raw"
+    "DDPM_TEST_DATA" not in os.environ,
+    reason="DDPM_TEST_DATA names no folder with FashionMNIST/raw",
 )
 def test_fashion_mnist_is_read_bit_for_bit(tmp_path):
     import gzip
 
     raw = Path(os.environ["DDPM_TEST_DATA"], "FashionMNIST", "raw")
     shutil.copytree(raw, tmp_path / "FashionMNIST" / "raw")
-    images = ddpm.load_images(ddpm.preset("fashion_mnist", download_dir=str(tmp_path), max_images=500))
-    assert images.pixels.shape == (500, 1, 32, 32) and len(images.class_names) == 10
-    values = np.frombuffer(gzip.open(raw / "train-images-idx3-ubyte.gz").read()[16:], np.uint8).reshape(
-        -1, 28, 28
+    images = ddpm.load_images(
+        ddpm.preset("fashion_mnist", download_dir=str(tmp_path), max_images=500)
     )
+    assert images.pixels.shape == (500, 1, 32, 32) and len(images.class_names) == 10
+    values = np.frombuffer(
+        gzip.open(raw / "train-images-idx3-ubyte.gz").read()[16:], np.uint8
+    ).reshape(-1, 28, 28)
     labels = np.frombuffer(gzip.open(raw / "train-labels-idx1-ubyte.gz").read()[8:], np.uint8)
     known = {v.tobytes(): label for v, label in zip(values, labels)}
     for image, label in zip(images.pixels[:, 0, 2:-2, 2:-2].numpy(), images.labels.tolist()):
@@ -537,7 +579,8 @@ def test_fashion_mnist_is_read_bit_for_bit(tmp_path):
 
 
 def test_importing_the_program_does_nothing_and_needs_no_scipy(tmp_path):
-    code = "import sys, ddpm; assert not {'scipy', 'matplotlib.pyplot', 'diffusers'} & set(sys.modules)"
+    unwanted = {"scipy", "matplotlib.pyplot", "diffusers"}
+    code = f"import sys, ddpm; assert not {unwanted} & set(sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -545,4 +588,8 @@ def test_importing_the_program_does_nothing_and_needs_no_scipy(tmp_path):
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert result.returncode == 0 and result.stdout == result.stderr == "" and not list(tmp_path.iterdir())
+    assert (
+        result.returncode == 0
+        and result.stdout == result.stderr == ""
+        and not list(tmp_path.iterdir())
+    )

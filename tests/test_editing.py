@@ -11,12 +11,18 @@ import ddpm
 
 @pytest.fixture
 def sample(trained, tmp_path, monkeypatch):
-    """sample(**settings) -> the images that --mode sample makes with the tiny model, uint8 (N, C, H, W)."""
+    """sample(**settings) -> the images that --mode sample makes with the tiny model: uint8
+    (N, C, H, W)."""
     monkeypatch.chdir(tmp_path)
 
     def run(**settings):
         common = dict(
-            num_samples=4, sampling_steps=10, guidance=1.0, precision="fp32", device="cpu", **settings
+            num_samples=4,
+            sampling_steps=10,
+            guidance=1.0,
+            precision="fp32",
+            device="cpu",
+            **settings,
         )
         return ddpm.sample(ddpm.override(ddpm.Config(), model_path=str(trained), **common))
 
@@ -24,8 +30,8 @@ def sample(trained, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def image(pictures):
-    return str(pictures / "disc" / "0.png")
+def image(image_folder):
+    return str(image_folder / "disc" / "0.png")
 
 
 @pytest.fixture
@@ -64,7 +70,8 @@ def test_strength_is_the_fraction_of_the_trajectory_and_of_the_steps(trained, im
 
 
 def test_the_start_is_the_forward_process(trained, image):
-    """What the sampler is given is sqrt(abar) x0 + sqrt(1 - abar) eps at the level it starts from."""
+    """What the sampler is given is sqrt(abar) x0 + sqrt(1 - abar) eps at the level it starts
+    from."""
     model, diffusion, config = ddpm.load_model(trained)
     config = ddpm.override(config, strength=0.4, sampling_steps=50, guidance=1.0)
     x0, seen = ddpm.load_image(image, 16, 3), []
@@ -114,7 +121,9 @@ def test_noise_between_seeds_has_unit_variance(trained):
     assert x.shape == (5, *shape)
     assert torch.allclose(x.std(dim=(1, 2, 3)), torch.ones(5), atol=0.02)
     assert torch.allclose(x[0], ddpm.ImageNoise(1, [0], shape, "cpu")()[0], atol=1e-6)
-    middle = (x[0] + x[4]) / (x[0] + x[4]).norm() * x[0].norm()  # halfway on a circle is along the sum
+    middle = (
+        (x[0] + x[4]) / (x[0] + x[4]).norm() * x[0].norm()
+    )  # halfway on a circle is along the sum
     assert torch.allclose(x[2], middle, atol=0.05)  # not quite of one length
 
 
@@ -148,19 +157,21 @@ def test_what_is_written(sample, tmp_path, image):
 )
 def test_refused_in_a_sentence(main, trained, image, tmp_path, capsys, flags, named, remedy):
     (tmp_path / "text.png").write_text("not an image")
-    assert main("--mode sample --num_samples 2 --model_path", trained, flags.format(image=image)) == 1
+    assert (
+        main("--mode sample --num_samples 2 --model_path", trained, flags.format(image=image)) == 1
+    )
     said = capsys.readouterr().err
     assert named in said and remedy in said and "Traceback" not in said
     assert not (tmp_path / "samples").exists()
 
 
-def test_grey_images_of_28_pixels(pictures, tmp_path, monkeypatch):
+def test_grey_images_of_28_pixels(image_folder, tmp_path, monkeypatch):
     """Padded to 32 inside, cropped when saved; the known half stays exact."""
     monkeypatch.chdir(tmp_path)
     grey = tmp_path / "grey"
     grey.mkdir()
     for i in range(4):
-        Image.open(pictures / "disc" / f"{i}.png").convert("L").save(grey / f"{i}.png")
+        Image.open(image_folder / "disc" / f"{i}.png").convert("L").save(grey / f"{i}.png")
     size = "--image_size 28 --attention_at 16 --steps 2 --label_dropout 0"
     assert ddpm.main(words("--mode train", TINY, size, *places(tmp_path, grey))) == 0
     Image.fromarray(np.repeat(np.uint8([[0, 255]]), 14, 1).repeat(28, 0)).save("mask.png")

@@ -1,4 +1,5 @@
-"""evaluate.py: the bound against closed forms, copying, FID and KID by their definitions, the command."""
+"""evaluate.py: the bound against closed forms, copying, FID and KID by their definitions, the
+command."""
 
 import json
 import math
@@ -23,7 +24,8 @@ def diffusion(T=50, predict="x0", schedule="linear"):
 
 
 def ideal(d, mean=0.1, std=STD):
-    """The network for images of independent Gaussian values: it returns E[x0 | xt], as d wants it."""
+    """The network for images of independent Gaussian values: it returns E[x0 | xt], as d wants
+    it."""
 
     def model(xt, t, y):
         abar = d.abar[:-1][t].float().view(-1, 1, 1, 1)
@@ -67,7 +69,8 @@ def kl(mean1, var1, mean2, var2):
 
 
 def gaussians(d, t):
-    """beta_t, abar_t, abar_{t-1} and the posterior's variance (Ho et al. 2020, eq. 7), by plain float64."""
+    """beta_t, abar_t, abar_{t-1} and the posterior's variance (Ho et al. 2020, eq. 7), by plain
+    float64."""
     at, au = d.abar[t].item(), d.abar[t - 1].item()
     beta = 1 - at / au
     return beta, at, au, (1 - au) / (1 - at) * beta
@@ -114,7 +117,8 @@ def test_the_decoder_divides_all_of_the_mass_among_the_256_pixel_values(std, mea
 
 
 def test_far_tails_of_the_decoder_are_the_asymptotic_ones():
-    """log of the mass of a narrow bin z standard deviations away, by the leading terms of Mills' ratio."""
+    """log of the mass of a narrow bin z standard deviations away, by the leading terms of Mills'
+    ratio."""
     std, far = 0.005, torch.tensor([-0.6, 0.6]).view(1, 1, 1, 2)
     for got in evaluate.decoder_term(far, torch.zeros_like(far), std).flatten().tolist():
         z = (0.6 - 1 / 255) / std
@@ -126,7 +130,8 @@ def test_far_tails_of_the_decoder_are_the_asymptotic_ones():
 
 @pytest.mark.parametrize("predict", ["x0", "eps", "v"])
 def test_gaussian_data_and_the_ideal_network_give_the_known_terms(predict):
-    """The predicted x0 is off by the posterior's variance of x0, 1 / (1 / std^2 + snr), in the mean."""
+    """The predicted x0 is off by the posterior's variance of x0, 1 / (1 / std^2 + snr), in the
+    mean."""
     d, n = diffusion(30, predict), 64
     x0 = gaussian_images(n)
     strata, prior, terms, losses = measured(d, ideal(d), x0, 29)
@@ -142,7 +147,8 @@ def test_gaussian_data_and_the_ideal_network_give_the_known_terms(predict):
 
 
 def test_the_bound_is_above_the_entropy_of_gaussian_pixels():
-    """No bound is below the entropy of the pixels, log2(std sqrt(2 pi e) / bin); more steps come nearer."""
+    """No bound is below the entropy of the pixels, log2(std sqrt(2 pi e) / bin); more steps come
+    nearer."""
     entropy, found = math.log2(STD * math.sqrt(2 * math.pi * math.e) / (2 / 255)), []
     for T in (30, 1000):
         d = diffusion(T)
@@ -174,12 +180,16 @@ def test_the_whole_bound_by_loops_over_every_value():
             pred = (xt - math.sqrt(1 - at) * (math.sin(3 * xt) + t / 20)) / math.sqrt(at)
             pred = min(max(pred, -1), 1)
             if t == 0:
-                phi = [0.5 * math.erfc(-(x - pred + s / 255) / std0 / math.sqrt(2)) for s in (-1, 1)]
+                phi = [
+                    0.5 * math.erfc(-(x - pred + s / 255) / std0 / math.sqrt(2)) for s in (-1, 1)
+                ]
                 low, high = 0 if x < -0.999 else phi[0], 1 if x > 0.999 else phi[1]
                 total.append(-math.log(high - low))
             else:
                 var = gaussians(d, t)[3]
-                total.append(kl(posterior_mean(d, t, xt, x), var, posterior_mean(d, t, xt, pred), var))
+                total.append(
+                    kl(posterior_mean(d, t, xt, x), var, posterior_mean(d, t, xt, pred), var)
+                )
     at = d.abar[-2].item()
     total += [kl(math.sqrt(at) * x, 1 - at, 0, 1) for x in x0.double().flatten().tolist()]
     assert got["bits"] == pytest.approx(sum(total) / 8 / math.log(2), rel=1e-4)
@@ -233,7 +243,9 @@ def config(size=8, **more):
 def test_the_nearest_image_is_that_of_a_plain_search():
     images, queries = some_images(40, 0), some_images(7, 0, seed=1).pixels
     distance, rows, mirrored = evaluate.nearest(queries, images, config(), "cpu")
-    plain = (queries[:, None].double() - images.pixels[None].double()).square().mean((2, 3, 4)).sqrt()
+    plain = (
+        (queries[:, None].double() - images.pixels[None].double()).square().mean((2, 3, 4)).sqrt()
+    )
     assert torch.allclose(distance.double(), plain.min(1).values, rtol=1e-4)
     assert rows.tolist() == plain.argmin(1).tolist() and not mirrored.any()
 
@@ -284,7 +296,9 @@ def test_copies_are_found_and_new_images_are_not(n_validation, tmp_path, quick_p
     assert 0.35 < new["fraction"] < 0.65
 
 
-@pytest.mark.parametrize("n, size", [(1, (2, 1)), (3, (6, 1)), (4, (8, 1)), (7, (8, 1)), (50, (8, 4))])
+@pytest.mark.parametrize(
+    "n, size", [(1, (2, 1)), (3, (6, 1)), (4, (8, 1)), (7, (8, 1)), (50, (8, 4))]
+)
 def test_samples_stand_beside_their_nearest(n, size, tmp_path, monkeypatch):
     images, plotted = some_images(5, 2), {}
     monkeypatch.setattr(
@@ -343,7 +357,8 @@ def features_of(pixels):
 
 
 def frechet(a, b):
-    """|difference of means|^2 + trace(A + B - 2 (A^1/2 B A^1/2)^1/2), the roots by symmetric eigenvalues."""
+    """|difference of means|^2 + trace(A + B - 2 (A^1/2 B A^1/2)^1/2), the roots by symmetric
+    eigenvalues."""
 
     def root(m):
         values, vectors = np.linalg.eigh(m)
@@ -355,7 +370,8 @@ def frechet(a, b):
 
 
 def squared_mmd(a, b):
-    """The unbiased estimate with the kernel (a'b / d + 1)^3 (Binkowski et al. 2018, eq. 4), by loops."""
+    """The unbiased estimate with the kernel (a'b / d + 1)^3 (Binkowski et al. 2018, eq. 4), by
+    loops."""
 
     def k(x, y):
         return (sum(x * y) / len(x) + 1) ** 3
@@ -383,13 +399,16 @@ def test_fid_and_kid_are_those_of_their_definitions(script):
 
 
 def test_a_process_without_a_part_adds_up_with_the_others(script, monkeypatch):
-    """All of them are asked for the numbers, and torchmetrics wants to have seen the features' type."""
+    """All of them are asked for the numbers, and torchmetrics wants to have seen the features'
+    type."""
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
     seen, none = [], torch.tensor(0.0)
     monkeypatch.setattr(evaluate, "distribute", lambda *_: [])
-    monkeypatch.setattr(FrechetInceptionDistance, "compute", lambda fid: seen.append(fid.orig_dtype) or none)
+    monkeypatch.setattr(
+        FrechetInceptionDistance, "compute", lambda fid: seen.append(fid.orig_dtype) or none
+    )
     monkeypatch.setattr(KernelInceptionDistance, "compute", lambda kid: (none, none))
     images = some_images(9, 3)
     features = evaluate.load_features(script(Moments()), images.pixels[:2], "cpu")
@@ -402,7 +421,9 @@ def test_a_set_is_at_no_distance_from_itself(script):
     images = some_images(100, 0)
     features = evaluate.load_features(script(Moments()), images.pixels[:2], "cpu")
     same = evaluate.distances(features, images.pixels, images, {"training": images.train}, config())
-    other = evaluate.distances(features, images.pixels // 2, images, {"training": images.train}, config())
+    other = evaluate.distances(
+        features, images.pixels // 2, images, {"training": images.train}, config()
+    )
     assert abs(same["training"]["fid"]) < 1e-3 < 0.1 < other["training"]["fid"]
 
 
@@ -474,11 +495,11 @@ def test_inception_sees_grey_as_three_equal_channels(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def half_trained(pictures, tmp_path_factory):
+def half_trained(image_folder, tmp_path_factory):
     """A tiny model trained without half of the images, which has seen the others often."""
     folder = tmp_path_factory.mktemp("half")
     more = "--steps 60 --lr 1e-2 --ema_decay 0.9 --batch_size 8 --log_every 60 --holdout 0.5"
-    assert ddpm.main(words("--mode train", TINY, more, *places(folder, pictures))) == 0
+    assert ddpm.main(words("--mode train", TINY, more, *places(folder, image_folder))) == 0
     return folder / "model.pt"
 
 
@@ -489,7 +510,9 @@ def run(tmp_path, monkeypatch):
 
     def run(*flags):
         try:
-            return evaluate.main(words("--bpd_pictures 4 --bpd_timesteps 5 --precision fp32", *flags))
+            return evaluate.main(
+                words("--bpd_pictures 4 --bpd_timesteps 5 --precision fp32", *flags)
+            )
         except SystemExit as e:
             return e.code
 
@@ -501,21 +524,39 @@ def result(folder):
 
 
 def test_one_command_prints_it_all(run, half_trained, tmp_path, capsys, script):
-    assert run("--model_path", half_trained, "--features", script(Moments()), "--num_samples 9") == 0
+    assert (
+        run("--model_path", half_trained, "--features", script(Moments()), "--num_samples 9") == 0
+    )
     out, found = capsys.readouterr().out, result(tmp_path)
-    assert sorted(tree(tmp_path / "samples")) == ["evaluation.json", "loss_by_timestep.png", "nearest.png"]
+    assert sorted(tree(tmp_path / "samples")) == [
+        "evaluation.json",
+        "loss_by_timestep.png",
+        "nearest.png",
+    ]
     wrote = [line.strip() for line in out.split("Wrote:")[1].splitlines() if line.strip()]
     assert {str(tmp_path / "samples" / name) for name in tree(tmp_path / "samples")} == set(wrote)
     assert list(found["sets"]) == ["validation", "training"]
     assert all("8 bits" in note for note in found["notes"])  # a model this small, for sure
-    assert found["num_samples"] == 9 and found["ema"] is True and found["config"]["sampling_steps"] == 2
+    assert (
+        found["num_samples"] == 9
+        and found["ema"] is True
+        and found["config"]["sampling_steps"] == 2
+    )
     assert found["torch"] == torch.__version__
     for numbers in found["sets"].values():
-        assert numbers["images"] == 4 and numbers["reference"] == 12 and len(numbers["by_timestep"]) == 6
+        assert (
+            numbers["images"] == 4
+            and numbers["reference"] == 12
+            and len(numbers["by_timestep"]) == 6
+        )
         for key, form in (("bits", ".3f"), ("loss", ".4g"), ("fid", ".4g"), ("kid", ".4g")):
             assert f"{numbers[key]:{form}}" in out
     printed = " ".join(out.split())
-    for text in ("9: ddpm, 2 steps, trailing spacing, x0 clipped", "EMA weights", "768 values per image"):
+    for text in (
+        "9: ddpm, 2 steps, trailing spacing, x0 clipped",
+        "EMA weights",
+        "768 values per image",
+    ):
         assert text in printed
     fraction = f"{found['copying']['fraction']:.0%} of 9 samples"
     assert fraction in printed and "12 validation images" in printed
@@ -528,7 +569,9 @@ def test_what_is_measured_is_the_validation_set_of_training(
     """Another --seed gives other samples, but leaves the split of the training run."""
     validation, asked = torch.load(half_trained, weights_only=True)["held_out"], []
     measure = evaluate.measure_batch
-    monkeypatch.setattr(evaluate, "measure_batch", lambda *a: asked.append(a[4].tolist()) or measure(*a))
+    monkeypatch.setattr(
+        evaluate, "measure_batch", lambda *a: asked.append(a[4].tolist()) or measure(*a)
+    )
     digests = []
     for seed in (0, 5):
         assert run("--model_path", half_trained, "--bpd_pictures 99 --seed", seed) == 0
@@ -538,13 +581,15 @@ def test_what_is_measured_is_the_validation_set_of_training(
     assert digests[0] != digests[1]
 
 
-def test_labels_are_those_of_the_model(run, half_trained, pictures, tmp_path, quick_plots, monkeypatch):
+def test_labels_are_those_of_the_model(
+    run, half_trained, image_folder, tmp_path, quick_plots, monkeypatch
+):
     """Class folders are matched by name, and a folder that the model does not know has no label."""
     seen, folder = {}, tmp_path / "other"
     for name in ("aardvark", "stripes", "disc"):
         (folder / name).mkdir(parents=True)
         for i in range(4):
-            source = pictures / ("disc" if name == "aardvark" else name) / f"{i}.png"
+            source = image_folder / ("disc" if name == "aardvark" else name) / f"{i}.png"
             (folder / name / f"{i}.png").write_bytes(source.read_bytes())
     measure = evaluate.measure_batch
 
@@ -562,7 +607,8 @@ def test_settings_come_from_the_checkpoint_unless_given(run, half_trained, tmp_p
     assert run("--model_path", half_trained) == 0
     before = result(tmp_path)
     assert before["config"]["num_samples"] == 3 and before["config"]["sampler"] == "ddpm"
-    more = "--sampler ddim --sampling-steps 5 --guidance 1 --classes disc --no_ema --samples_dir elsewhere"
+    sampling = "--sampler ddim --sampling-steps 5 --guidance 1 --classes disc"
+    more = f"{sampling} --no_ema --samples_dir elsewhere"
     assert run("--model_path", half_trained, more) == 0
     after = json.loads((tmp_path / "elsewhere" / "evaluation.json").read_text())
     changed = {k for k, v in after["config"].items() if v != before["config"][k]}
@@ -577,7 +623,9 @@ def test_without_validation_images_there_is_a_note(run, trained, tmp_path, quick
     assert "no image was kept for validation" in capsys.readouterr().out
 
 
-def test_too_few_images_for_the_features_give_a_note(run, half_trained, tmp_path, quick_plots, script):
+def test_too_few_images_for_the_features_give_a_note(
+    run, half_trained, tmp_path, quick_plots, script
+):
     assert run("--model_path", half_trained, "--num_samples 5 --features", script(Moments())) == 0
     assert sum("do not determine the covariance" in note for note in result(tmp_path)["notes"]) == 2
 
@@ -628,7 +676,9 @@ def test_the_rest_runs_without_what_fid_needs(
         ("--bpd_timesteps many", 2, "invalid int value"),
     ],
 )
-def test_mistakes_print_one_sentence(flags, code, message, run, half_trained, tmp_path, script, capsys):
+def test_mistakes_print_one_sentence(
+    flags, code, message, run, half_trained, tmp_path, script, capsys
+):
     (tmp_path / "junk").write_bytes(b"PK junk")
     (tmp_path / "grey").mkdir()
     for i in range(4):
@@ -652,8 +702,13 @@ def test_a_network_that_fails_is_reported_with_its_reason(run, half_trained, tmp
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_measure_what_one_does(processes, program, run, half_trained, script, tmp_path):
-    flags = ["--bpd_pictures 5 --bpd_timesteps 3 --precision fp32 --device cpu --model_path", half_trained]
+def test_several_processes_measure_what_one_does(
+    processes, program, run, half_trained, script, tmp_path
+):
+    flags = [
+        "--bpd_pictures 5 --bpd_timesteps 3 --precision fp32 --device cpu --model_path",
+        half_trained,
+    ]
     flags += ["--num_samples 5 --features", script(Moments())]
     done = program(
         *flags,
@@ -670,13 +725,17 @@ def test_several_processes_measure_what_one_does(processes, program, run, half_t
         assert {*numbers} == {*found} and "fid" in numbers and "kid" in numbers
         for key, value in numbers.items():
             if key == "by_timestep":
-                value, found[key] = ([list(row.values()) for row in rows] for rows in (value, found[key]))
+                value, found[key] = (
+                    [list(row.values()) for row in rows] for rows in (value, found[key])
+                )
                 np.testing.assert_allclose(found[key], value, rtol=1e-5)
             else:
                 assert found[key] == (value and pytest.approx(value, rel=1e-4)), key
 
 
-@pytest.mark.parametrize("n, size, processes", [(0, 4, 1), (1, 4, 3), (7, 3, 1), (7, 3, 2), (9, 2, 4)])
+@pytest.mark.parametrize(
+    "n, size, processes", [(0, 4, 1), (1, 4, 3), (7, 3, 1), (7, 3, 2), (9, 2, 4)]
+)
 def test_work_is_distributed_in_order(n, size, processes, monkeypatch):
     rows, lists = np.arange(n) * 10, []
     monkeypatch.setattr(evaluate.dist, "is_initialized", lambda: True)

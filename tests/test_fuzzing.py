@@ -1,4 +1,5 @@
-"""Random settings, settings of the wrong kind, and damaged bytes: each works, or is refused in a sentence."""
+"""Random settings, settings of the wrong kind, and damaged bytes: each works, or is refused in a
+sentence."""
 
 import dataclasses
 import io
@@ -78,21 +79,32 @@ TINY = dict(
 )
 
 
-def test_valid_settings_train_and_sample_or_are_refused_before_a_file_is_written(pictures, quick_plots):
+def test_valid_settings_train_and_sample_or_are_refused_before_a_file_is_written(
+    image_folder, quick_plots
+):
     counts = dict(trained=0, refused=0)
 
     @cases(24, 150)
     @given(st.fixed_dictionaries(TINY), st.data())
     def any_settings(given, data):
-        if data.draw(st.sampled_from([True, True, True, True, False])):  # mostly: what has to fit does
+        if data.draw(
+            st.sampled_from([True, True, True, True, False])
+        ):  # mostly: what has to fit does
             stride = given["patch"] * 2 ** (len(given["channel_mults"]) - 1)
             stride = 16 if given["arch"] == "simple" else stride
             given["image_size"] = stride * -(-8 // stride) * data.draw(st.integers(1, 2))
-            sides = [given["image_size"] // given["patch"] >> i for i in range(len(given["channel_mults"]))]
+            sides = [
+                given["image_size"] // given["patch"] >> i
+                for i in range(len(given["channel_mults"]))
+            ]
             given["attention_at"] = tuple(data.draw(st.lists(st.sampled_from(sides), max_size=2)))
             clash = given["schedule"] == "cosine" or (given["beta_start"] or 0) > 0.01
             given |= dict(beta_start=None, beta_end=None) if clash else {}
-            given |= dict(classes=None) if given["classes"] == "unicorn" or not given["class_cond"] else {}
+            given |= (
+                dict(classes=None)
+                if given["classes"] == "unicorn" or not given["class_cond"]
+                else {}
+            )
             given["precision"] = given["precision"].replace("fp16", "bf16")
             given["batch_size"] *= given["grad_accum"]
             given["channels"] += given["channels"] % 2
@@ -104,16 +116,20 @@ def test_valid_settings_train_and_sample_or_are_refused_before_a_file_is_written
                 download_dir=f"{folder}/d",
                 device="cpu",
             )
-            config = ddpm.preset("animals", **given, **where, steps=2, data_path=str(pictures))
+            config = ddpm.preset("animals", **given, **where, steps=2, data_path=str(image_folder))
             try:
                 ddpm.train(config)
             except ddpm.UserError as e:
-                assert not [name for name in tree(folder) if not name.startswith("d/decoded/")]  # the cache
+                assert not [
+                    name for name in tree(folder) if not name.startswith("d/decoded/")
+                ]  # the cache
                 assert 20 < len(str(e)) < 400 and str(e)[-1] in ".)", e
                 counts["refused"] += 1
                 return
             counts["trained"] += 1
-            checkpoint = ddpm.read_checkpoint(f"{folder}/m.pt")  # which holds no weight that is not finite
+            checkpoint = ddpm.read_checkpoint(
+                f"{folder}/m.pt"
+            )  # which holds no weight that is not finite
             assert checkpoint["step"] == 2
             assert checkpoint["config"] == dataclasses.asdict(config) | dict(
                 guidance=config.guidance if checkpoint["classes"] else 1.0
@@ -177,7 +193,8 @@ def test_a_setting_of_any_kind_is_good_or_refused_in_a_sentence(name):
 
 
 def damaged(data, whole):
-    """The bytes with up to eight changes: a bit flipped, a part cut out, put in, overwritten or repeated."""
+    """The bytes with up to eight changes: a bit flipped, a part cut out, put in, overwritten or
+    repeated."""
     content = bytearray(whole)
     for _ in range(data.draw(st.sampled_from([1, 1, 1, 2, 3, 8]))):
         at = data.draw(st.integers(0, max(len(content) - 1, 0)))
@@ -204,7 +221,8 @@ def equal(a, b):
 
 
 def test_a_damaged_checkpoint_is_refused_or_the_same_as_ever(tmp_path):
-    """Not only finite: no changed bit in what is read goes unseen, since every part has a checksum."""
+    """Not only finite: no changed bit in what is read goes unseen, since every part has a
+    checksum."""
     whole, path, counts = STORED.read_bytes(), tmp_path / "x.pt", dict(refused=0, same=0)
     right = ddpm.load_model(STORED)[0].state_dict()
 
@@ -267,8 +285,13 @@ NESTED = st.recursive(
 
 
 def test_a_checkpoint_with_any_value_in_any_place_is_refused_or_works(tmp_path):
-    """Well-formed files by a stranger: a part of the checkpoint, a setting or a weight is another thing."""
-    whole, path, counts = torch.load(STORED, weights_only=True), tmp_path / "x.pt", dict(refused=0, works=0)
+    """Well-formed files by a stranger: a part of the checkpoint, a setting or a weight is another
+    thing."""
+    whole, path, counts = (
+        torch.load(STORED, weights_only=True),
+        tmp_path / "x.pt",
+        dict(refused=0, works=0),
+    )
 
     @cases(100, 1000)
     @given(st.data())
@@ -311,8 +334,14 @@ def test_a_damaged_image_is_read_or_named_and_left_out(tmp_path, kind, capsys):
     """Thirty good images and a damaged one: never another error, and pixels of the right shape."""
     for i in range(30):
         Image.new("RGB", (8, 8), (8 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    whole, odd, counts = image_bytes(kind), tmp_path / f"odd.{kind.lower()}", dict(read=0, unreadable=0)
-    config = ddpm.preset("animals", data_path=str(tmp_path), image_size=8, download_dir=str(tmp_path / "d"))
+    whole, odd, counts = (
+        image_bytes(kind),
+        tmp_path / f"odd.{kind.lower()}",
+        dict(read=0, unreadable=0),
+    )
+    config = ddpm.preset(
+        "animals", data_path=str(tmp_path), image_size=8, download_dir=str(tmp_path / "d")
+    )
     others = None
 
     @cases(25, 300)
@@ -322,7 +351,9 @@ def test_a_damaged_image_is_read_or_named_and_left_out(tmp_path, kind, capsys):
         odd.write_bytes(damaged(data, whole))
         capsys.readouterr()
         images = ddpm.load_images(config)
-        assert images.pixels.shape == (31, 3, 8, 8) and len(images.train) == 31 - images.num_unreadable
+        assert (
+            images.pixels.shape == (31, 3, 8, 8) and len(images.train) == 31 - images.num_unreadable
+        )
         assert images.num_unreadable == ("odd" in capsys.readouterr().err)
         others = images.pixels[:30] if others is None else others
         assert torch.equal(images.pixels[:30], others)

@@ -1,4 +1,5 @@
-"""The networks: UNet against diffusers' UNet2DModel with the same weights; shapes, labels, learning."""
+"""The networks: UNet against diffusers' UNet2DModel with the same weights; shapes, labels,
+learning."""
 
 import copy
 
@@ -21,7 +22,9 @@ import ddpm
 def test_unet_equals_diffusers_unet_with_the_same_weights(
     channels, base_channels, mults, res_blocks, attention, groups
 ):
-    ours = randomise(ddpm.UNet(channels, base_channels, mults, res_blocks, attention_stages=attention)).eval()
+    ours = randomise(
+        ddpm.UNet(channels, base_channels, mults, res_blocks, attention_stages=attention)
+    ).eval()
     kinds = ["Attn" if i in attention else "" for i in range(len(mults))]
     theirs = diffusers.UNet2DModel(
         sample_size=16,
@@ -50,7 +53,9 @@ def test_unet_equals_diffusers_unet_with_the_same_weights(
 def test_upsampling_is_nearest_neighbours_and_a_convolution(side):
     upsample = ddpm.Upsample(6).double()
     x = torch.randn(2, 6, side, side, dtype=torch.float64)
-    torch.testing.assert_close(upsample(x), upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+    torch.testing.assert_close(
+        upsample(x), upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    )
 
 
 def test_the_cifar10_network_has_the_parameters_of_the_paper():
@@ -61,8 +66,8 @@ def test_the_cifar10_network_has_the_parameters_of_the_paper():
 
 
 def test_weight_initialisation_is_that_of_the_papers_code():
-    """Uniform, of variance 2 / (inputs + outputs); zero what ends a block, attention and the network. There
-    q, k and v are a layer each."""
+    """Uniform, of variance 2 / (inputs + outputs); zero what ends a block, attention and the
+    network. There q, k and v are a layer each."""
     model, zero = ddpm.build_model(ddpm.preset("cifar10"), 3, []), set()
     for name, layer in model.named_modules():
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
@@ -103,8 +108,9 @@ def saved_bytes(model, x):
 
 
 def test_multiply_adds_are_those_published():
-    """12.44 GFLOP per image for the paper's network, that is 6.22 G multiply-adds; by hand for one layer.
-    Ours saves five ninths of what the three convolutions after upsampling take, to 8, 16 and 32 pixels."""
+    """12.44 GFLOP per image for the paper's network, that is 6.22 G multiply-adds; by hand for one
+    layer. Ours saves five ninths of what the three convolutions after upsampling take, to 8, 16 and
+    32 pixels."""
     model = ddpm.build_model(ddpm.preset("cifar10"), 3, [])
     saved = 5 * 256 * 256 * (8**2 + 16**2 + 32**2)
     assert round((multiply_adds(model) + saved) / 1e9, 2) == 6.22
@@ -114,11 +120,14 @@ def test_multiply_adds_are_those_published():
 
 
 def test_checkpointing_changes_no_gradient():
-    """Dropout draws the same numbers when a block is recomputed; fewer activations are saved."""
+    """Dropout gets the same random numbers when a block is recomputed; fewer activations are
+    saved."""
     gradients, saved = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = randomise(ddpm.UNet(3, 8, (1, 2), 2, attention_stages=(1,), dropout=0.5), scale=0.1).train()
+        model = randomise(
+            ddpm.UNet(3, 8, (1, 2), 2, attention_stages=(1,), dropout=0.5), scale=0.1
+        ).train()
         model.checkpointing = checkpointing
         torch.manual_seed(1)
         size, out = saved_bytes(model, torch.randn(2, 3, 16, 16))
@@ -160,7 +169,9 @@ def test_the_unet_of_a_preset_has_as_many_parameters_as_diffusers_would(name):
         add_attention=c.attention != "none",
     )
     table = (len(labels) + 1) * 4 * c.channels
-    assert sum(p.numel() for p in ours.parameters()) == table + sum(p.numel() for p in theirs.parameters())
+    assert sum(p.numel() for p in ours.parameters()) == table + sum(
+        p.numel() for p in theirs.parameters()
+    )
 
 
 def embedding_size(channels, width, outputs):
@@ -170,7 +181,8 @@ def embedding_size(channels, width, outputs):
 
 @pytest.mark.parametrize("name", ("animals_cnn", "flowers_simple"))
 def test_the_simple_network_has_the_parameters_of_its_description(name):
-    """32-64-128-256-512: 4x4 down, 4x4 up, 3x3 merging what joins; two more a channel for each BatchNorm."""
+    """32-64-128-256-512: 4x4 down, 4x4 up, 3x3 merging what joins; two more a channel for each
+    BatchNorm."""
     down = sum(16 * c * 2 * c + 2 * c + 4 * c for c in (32, 64, 128, 256))
     up = sum(16 * 2 * c * c + c + 2 * c for c in (32, 64, 128, 256))
     merge = sum(9 * 2 * c * c + c + 2 * c for c in (32, 64, 128, 256))
@@ -181,9 +193,12 @@ def test_the_simple_network_has_the_parameters_of_its_description(name):
 
 
 def test_the_resnet_has_the_parameters_of_torchvision_and_a_mirror():
-    """The mirror goes one scale further than the encoder: to the whole side, entered by a 3x3 convolution."""
+    """The mirror goes one scale further than the encoder: to the whole side, entered by a 3x3
+    convolution."""
     widths = (32, 64, 64, 128, 256, 512)
-    encoder = sum(p.numel() for p in torchvision.models.resnet18().parameters()) - 513 * 1000  # less its fc
+    encoder = (
+        sum(p.numel() for p in torchvision.models.resnet18().parameters()) - 513 * 1000
+    )  # less its fc
     attention = sum(2 * c + (c + 1) * 4 * c for c in widths[1:])
     pairs = list(zip(widths, widths[1:]))
     up = sum(16 * b * a + a + 2 * a for a, b in pairs)
@@ -191,14 +206,18 @@ def test_the_resnet_has_the_parameters_of_torchvision_and_a_mirror():
     ends = 9 * 3 * 32 + 32 + 9 * 32 * 3 + 3
     emb = embedding_size(128, 256, [*widths[1:], *widths[:-1], *widths[:-1]])
     model = ddpm.build_model(ddpm.preset("cifar10_resnet18"), 3, [])
-    assert sum(p.numel() for p in model.parameters()) == encoder + attention + up + merge + ends + emb
+    assert (
+        sum(p.numel() for p in model.parameters()) == encoder + attention + up + merge + ends + emb
+    )
 
 
 def test_the_pretrained_encoder_is_torchvisions_and_grey_is_three_equal_colours(monkeypatch):
     torch.manual_seed(0)
     given, asked = torchvision.models.resnet18(), []
     monkeypatch.setattr(
-        torchvision.models, "resnet18", lambda weights: asked.append(weights) or copy.deepcopy(given)
+        torchvision.models,
+        "resnet18",
+        lambda weights: asked.append(weights) or copy.deepcopy(given),
     )
     colour, grey = ddpm.ResNetUNet(3, pretrained=True), ddpm.ResNetUNet(1, pretrained=True)
     assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1] * 2
@@ -215,7 +234,9 @@ def test_pretrained_weights_that_cannot_be_had_are_an_error(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.models, "resnet18", offline)
-    with pytest.raises(ddpm.UserError, match=r"no network.*resnet18-.*\.pth.*leave out --pretrained"):
+    with pytest.raises(
+        ddpm.UserError, match=r"no network.*resnet18-.*\.pth.*leave out --pretrained"
+    ):
         ddpm.ResNetUNet(3, pretrained=True)
 
 
@@ -267,14 +288,16 @@ def test_images_need_not_be_square(make):
 def test_labels_matter_and_no_label_is_minus_one(make):
     model, x, t = build(make, classes=3).eval(), torch.randn(1, 3, 32, 32), torch.tensor([300])
     with torch.no_grad():
-        for p in model.parameters():  # layers that begin at zero let nothing through
+        for p in model.parameters():  # layers that start at zero let nothing through
             if not p.any():
                 p.normal_(std=0.2)
         said = [model(x, t, torch.tensor([k])) for k in (-1, 0, 1, 2)]
         assert torch.equal(model(x, t), said[0])
     for i in range(4):
         for j in range(i):
-            assert (said[i] - said[j]).abs().max() > 1e-4 * said[i].abs().max(), "two labels give one output"
+            assert (said[i] - said[j]).abs().max() > 1e-4 * said[i].abs().max(), (
+                "two labels give one output"
+            )
 
 
 @every_network
@@ -298,7 +321,11 @@ def test_the_timestep_matters(make):
 @every_network
 def test_the_gradient_reaches_every_parameter(make):
     model = randomise(build(make, classes=2), scale=0.05).train()
-    x, t, y = torch.randn(4, 3, 32, 32), torch.tensor([1, 300, 600, 999]), torch.tensor([0, 1, -1, 0])
+    x, t, y = (
+        torch.randn(4, 3, 32, 32),
+        torch.tensor([1, 300, 600, 999]),
+        torch.tensor([0, 1, -1, 0]),
+    )
     model(x, t, y).square().mean().backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead
@@ -308,7 +335,11 @@ def test_the_gradient_reaches_every_parameter(make):
 def test_bf16_is_fp32_within_its_rounding(make):
     """bf16 keeps 8 bits, a relative 0.4 %; no more than a few times that is left of all layers."""
     model, outputs, gradients = randomise(build(make), scale=0.05), [], []
-    x, t, target = torch.randn(4, 3, 32, 32), torch.tensor([0, 300, 600, 999]), torch.randn(4, 3, 32, 32)
+    x, t, target = (
+        torch.randn(4, 3, 32, 32),
+        torch.tensor([0, 300, 600, 999]),
+        torch.randn(4, 3, 32, 32),
+    )
     for precision in ("fp32", "bf16"):
         model.zero_grad()
         with ddpm.autocast(x.device, precision):
@@ -332,8 +363,9 @@ def test_any_even_number_of_channels_makes_a_network(channels):
     ids=["unet", "linear", "simple", "resnet"],
 )
 def test_four_images_are_memorised(make, steps):
-    """Which one is told by timestep and label alone, and half of the input has to come through: one deaf
-    to either misses by 0.5 (the spread of two images), one without connections past the bottom by 0.25."""
+    """Only timestep and label say which one, and half of the input has to come through: one deaf to
+    either misses by 0.5 (the spread of two images), one without connections past the bottom by
+    0.25."""
     model, size = build(make, 1, 2).train(), 32 if make is ddpm.ResNetUNet else 16
     images = torch.rand(4, 1, 4, 4).round() * 2 - 1
     x = torch.randn(1, 1, size, size).expand(4, -1, -1, -1)
@@ -353,7 +385,9 @@ SCHEDULES, PREDICTIONS, LOSSES = (
 )
 
 
-@pytest.mark.parametrize("make", [unet, linear_unet, simple, ddpm.ResNetUNet], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [unet, linear_unet, simple, ddpm.ResNetUNet], ids=lambda make: make.__name__
+)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("predict", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -361,7 +395,10 @@ def test_any_combination_of_schedule_prediction_and_loss_learns(make, schedule, 
     """A few steps on one batch at a fixed timestep lower its loss."""
     model, size = build(make, 1, 2).train(), 32 if make is ddpm.ResNetUNet else 16
     diffusion = ddpm.Diffusion(ddpm.make_betas(schedule, 50), predict, loss)
-    x0, eps = torch.rand(4, 1, 1, 1) * 2 - 1 + torch.zeros(4, 1, size, size), torch.randn(4, 1, size, size)
+    x0, eps = (
+        torch.rand(4, 1, 1, 1) * 2 - 1 + torch.zeros(4, 1, size, size),
+        torch.randn(4, 1, size, size),
+    )
     t, y = torch.tensor([5, 20, 30, 45]), torch.tensor([0, 1, -1, 0])
     optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
     for _ in range(4):

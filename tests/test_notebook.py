@@ -14,7 +14,8 @@ SHOWN = ("predicted", "trajectory", "ddpm", "fewer")
 
 
 def images_of(notebook):
-    """The PNGs among the outputs, in order; no cell may have failed or written to the error stream."""
+    """The PNGs among the outputs, in order; no cell may have failed or written to the error
+    stream."""
     outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     shown = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]

@@ -20,13 +20,15 @@ import ddpm
 
 pytest.importorskip("streamlit", reason="the page needs Streamlit")
 sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs Playwright")
-FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run
+    --disable-background-networking""".split()
 SECTIONS = ("Generate", "Look inside", "Edit", "Watch a run")
 
 
 @pytest.fixture(scope="module")
 def project(trained, tmp_path_factory):
-    """The folder that the page is started in, with the tiny model as tiny.pt and its run in samples/run."""
+    """The folder that the page is started in, with the tiny model as tiny.pt and its run in
+    samples/run."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "saved_models").mkdir()
     shutil.copy(trained, folder / "saved_models" / "tiny.pt")
@@ -53,16 +55,32 @@ def server(browser, project):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "streamlit", "run", str(ROOT / "app.py"), "--server.port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "streamlit",
+        "run",
+        str(ROOT / "app.py"),
+        "--server.port",
+        str(port),
+    ]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("STREAMLIT")}
     environment["OMP_NUM_THREADS"] = "1"
     with open(project / "log.txt", "w") as log:
         served = subprocess.Popen(
-            [*command, "--server.headless", "true"], cwd=project, env=environment, stdout=log, stderr=log)
+            [*command, "--server.headless", "true"],
+            cwd=project,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
     try:
         for _ in range(300):
             try:
-                assert urllib.request.urlopen(f"http://localhost:{port}/_stcore/health").read() == b"ok"
+                assert (
+                    urllib.request.urlopen(f"http://localhost:{port}/_stcore/health").read()
+                    == b"ok"
+                )
                 break
             except OSError:
                 assert served.poll() is None, (project / "log.txt").read_text()
@@ -122,7 +140,9 @@ def download(page, label):
 def images(page):
     """The images in the ZIP, uint8 (H, W, C) each."""
     with zipfile.ZipFile(io.BytesIO(download(page, "All as a ZIP"))) as archive:
-        return [np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist()]
+        return [
+            np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in archive.namelist()
+        ]
 
 
 def command_line(project, **settings):
@@ -142,13 +162,16 @@ def test_sampling_shows_its_progress_and_eight_images_to_download(visit, project
     page.evaluate("""() => {
         window.seen = new Set();
         new MutationObserver(() => {
-            for (const e of document.querySelectorAll('[data-testid=stProgress]')) seen.add(e.innerText);
+            for (const e of document.querySelectorAll('[data-testid=stProgress]'))
+                seen.add(e.innerText);
         }).observe(document.body, {subtree: true, childList: true, characterData: true});
     }""")
     generate(page)
     seen = page.evaluate("[...seen]")
     steps = [int(text.split()[1]) for text in seen if text.startswith("Step ")]
-    assert len(steps) > 3 and steps == sorted(steps) and steps[-1] <= 50  # the bar moves, and forwards
+    assert (
+        len(steps) > 3 and steps == sorted(steps) and steps[-1] <= 50
+    )  # the bar moves, and forwards
 
     shown = page.locator("[data-testid=stImage] img")
     shown = [shown.nth(i) for i in range(shown.count()) if shown.nth(i).is_visible()]
@@ -211,7 +234,9 @@ def test_the_keyboard_is_enough(visit):
     def tab_to(kind, label):
         for _ in range(60):
             page.keyboard.press("Tab")
-            inside = f"(e => !!e.closest('[data-testid={kind}]') && e.innerText.includes('{label}'))"
+            inside = (
+                f"(e => !!e.closest('[data-testid={kind}]') && e.innerText.includes('{label}'))"
+            )
             if page.evaluate(f"() => {inside}(document.activeElement)"):
                 return
         pytest.fail(f"Tab does not lead to {label}")
@@ -235,7 +260,9 @@ def test_bad_and_huge_uploads_get_a_sentence(visit, project):
     field = page.locator("input[type=file]")
     field.set_input_files(dict(name="big.png", mimeType="image/png", buffer=bytes(21 * 2**20)))
     page.get_by_text("File must be 20").wait_for()
-    page.locator("input[type=file]").set_input_files(project / "samples" / "run" / "dataset_grid.png")
+    page.locator("input[type=file]").set_input_files(
+        project / "samples" / "run" / "dataset_grid.png"
+    )
     page.get_by_text("Strength").first.wait_for()  # a good one is taken afterwards
 
 
@@ -245,8 +272,10 @@ def test_a_phone_shows_it_without_scrolling_sideways(visit, section):
     if section == "Generate":
         generate(page)
     page.wait_for_timeout(500)
-    wide = """() => [...document.querySelectorAll('*')].filter(e => e.scrollWidth > e.clientWidth + 1
-        && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)).map(e => e.className)"""
+    wide = """() => [...document.querySelectorAll('*')].filter(
+        e => e.scrollWidth > e.clientWidth + 1
+            && ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)
+        ).map(e => e.className)"""
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate(wide) == []
     assert not page.get_by_test_id("stException").count()
@@ -257,7 +286,8 @@ def test_text_is_readable_in_light_and_dark(visit, scheme):
     page = visit(color_scheme=scheme)
     colours = page.evaluate("""() => {
         const page = getComputedStyle(document.querySelector('[data-testid=stApp]'));
-        const texts = [...document.querySelectorAll('h1, label p')].map(e => getComputedStyle(e).color);
+        const texts = [...document.querySelectorAll('h1, label p')]
+            .map(e => getComputedStyle(e).color);
         return [page.backgroundColor, ...texts];
     }""")
 
@@ -281,7 +311,9 @@ def test_a_run_is_followed_without_a_click(visit, project):
     live.write_text(f"{json.dumps(head)}\n{json.dumps(last)}\n")
     page = visit("Watch a run")
     page.get_by_text("Step 40, 20%").wait_for()
-    page.locator("[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg").first.wait_for()
+    page.locator(
+        "[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg"
+    ).first.wait_for()
     assert page.get_by_role("img", name="Sampled from the same noise each time").count()
     with open(live, "a") as f:
         f.write(json.dumps(last | dict(step=100, seconds=last["seconds"] + 60)) + "\n")
@@ -298,10 +330,23 @@ def test_it_talks_to_this_machine_only_and_starts_without_a_warning(visit, serve
     settle(page)
     assert asked and all(url.startswith((server[0], "data:", "blob:")) for url in asked), asked
     if os.path.exists("/proc/net/tcp"):
-        tables = [open(f).readlines()[1:] for f in ("/proc/net/tcp", "/proc/net/tcp6") if os.path.exists(f)]
-        listening = [line.split()[1] for table in tables for line in table if line.split()[3] == "0A"]
-        own = [address.split(":")[0] for address in listening if int(address.split(":")[1], 16) == server[1]]
-        assert own and {*own} <= {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1 and ::1
+        tables = [
+            open(f).readlines()[1:]
+            for f in ("/proc/net/tcp", "/proc/net/tcp6")
+            if os.path.exists(f)
+        ]
+        listening = [
+            line.split()[1] for table in tables for line in table if line.split()[3] == "0A"
+        ]
+        own = [
+            address.split(":")[0]
+            for address in listening
+            if int(address.split(":")[1], 16) == server[1]
+        ]
+        assert own and {*own} <= {
+            "0100007F",
+            "00000000000000000000000001000000",
+        }  # 127.0.0.1 and ::1
     log = (project / "log.txt").read_text()
     assert "You can now view" in log
     for word in ("Traceback", "torch.classes", "Warning", "warning", "Error", "deprecated"):

@@ -1,4 +1,5 @@
-"""The schedules, the forward process and its identities, against closed forms and values by hand."""
+"""The schedules, the forward process and its identities, against closed forms and values by
+hand."""
 
 import math
 
@@ -19,7 +20,9 @@ def make(predict="eps", T=100, kind="linear", **more):
 
 def images_and_noise(n=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1, torch.randn(n, 3, 8, 8, generator=generator)
+    return torch.rand(n, 3, 8, 8, generator=generator) * 2 - 1, torch.randn(
+        n, 3, 8, 8, generator=generator
+    )
 
 
 # ---- schedules
@@ -37,8 +40,9 @@ def test_betas_are_float64_and_in_range(kind, T):
 @pytest.mark.parametrize("T", (10, 50, 300, 1000, 4000))
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_unset_betas_end_in_near_pure_noise_at_any_T(kind, T):
-    """The bound is the one above which a run warns. A geometric sequence between the same ends adds up to
-    (end - start) / ln(end / start) * T = 3.76: exponential stays at e^-3.76 = 0.023 and gets the warning."""
+    """The bound is the one above which a run warns. A geometric sequence between the same ends adds
+    up to (end - start) / ln(end / start) * T = 3.76: exponential stays at e^-3.76 = 0.023 and gets
+    the warning."""
     bound = 0.024 if kind == "exponential" else 0.01
     assert torch.cumprod(1 - ddpm.make_betas(kind, T), 0)[-1] < bound
 
@@ -60,10 +64,17 @@ def test_given_betas_are_taken_literally():
 def test_the_middle_of_each_ramp():
     """With an odd T the middle is half way: of the values, of their roots, of their logarithms."""
     middle = {
-        kind: ddpm.make_betas(kind, 1001, 0.0004, 0.01)[500].item() for kind in SCHEDULES if kind != "cosine"
+        kind: ddpm.make_betas(kind, 1001, 0.0004, 0.01)[500].item()
+        for kind in SCHEDULES
+        if kind != "cosine"
     }
     assert middle == pytest.approx(
-        {"linear": 0.0052, "quadratic": ((0.02 + 0.1) / 2) ** 2, "exponential": 0.002, "sigmoid": 0.0052},
+        {
+            "linear": 0.0052,
+            "quadratic": ((0.02 + 0.1) / 2) ** 2,
+            "exponential": 0.002,
+            "sigmoid": 0.0052,
+        },
         rel=1e-9,
     )
 
@@ -108,7 +119,8 @@ def test_q_sample_is_equation_4():
 
 
 def target(predict, x0, eps, t, abar):
-    """What a perfect network says: v is sqrt(abar) eps - sqrt(1-abar) x0 (Salimans & Ho 2022, section 4)."""
+    """What a perfect network says: v is sqrt(abar) eps - sqrt(1-abar) x0 (Salimans & Ho 2022,
+    section 4)."""
     a = abar[t].sqrt().float().view(-1, 1, 1, 1)
     s = (1 - abar[t]).sqrt().float().view(-1, 1, 1, 1)
     return {"eps": eps, "x0": x0, "v": a * eps - s * x0}[predict]
@@ -155,7 +167,9 @@ def test_the_loss_shows_the_network_the_noised_image_its_timestep_and_its_label(
 
     d.loss(network, x0, t, eps, y)
     assert (
-        torch.equal(seen[0], d.q_sample(x0, t, eps)) and torch.equal(seen[1], t) and torch.equal(seen[2], y)
+        torch.equal(seen[0], d.q_sample(x0, t, eps))
+        and torch.equal(seen[1], t)
+        and torch.equal(seen[2], y)
     )
 
 
@@ -199,11 +213,15 @@ def test_the_posterior_at_eta_1_is_equation_7_of_ho_et_al(kind):
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_the_posterior_over_several_timesteps_is_the_product_of_two_gaussians(kind):
-    """q(x_u | x_t, x_0) is q(x_u | x_0) q(x_t | x_u), normalised: precisions add, and weigh the means."""
+    """q(x_u | x_t, x_0) is q(x_u | x_0) q(x_t | x_u), normalised: precisions add, and weigh the
+    means."""
     betas, (x0, xt) = ddpm.make_betas(kind, 100), (v.double() for v in images_and_noise())
     d, alphas = ddpm.Diffusion(betas), 1 - betas.numpy()
     for t, u in ((99, 98), (99, 0), (50, 7), (7, 5), (1, 0)):
-        au, ratio = np.prod(alphas[: u + 1]), np.prod(alphas[u + 1 : t + 1])  # of q(x_u | x_0), q(x_t | x_u)
+        au, ratio = (
+            np.prod(alphas[: u + 1]),
+            np.prod(alphas[u + 1 : t + 1]),
+        )  # of q(x_u | x_0), q(x_t | x_u)
         precision = 1 / (1 - au) + ratio / (1 - ratio)
         expected = (np.sqrt(au) * x0 / (1 - au) + np.sqrt(ratio) * xt / (1 - ratio)) / precision
         mean, std = d.posterior(xt, x0, t, u)
@@ -214,7 +232,8 @@ def test_the_posterior_over_several_timesteps_is_the_product_of_two_gaussians(ki
 
 @pytest.mark.parametrize("eta", (0.0, 0.3, 0.7, 1.0))
 def test_the_posterior_of_any_eta_keeps_the_marginal(eta):
-    """Song et al. 2021, lemma 1: over x_t ~ q(x_t | x_0), x_u has the mean and variance of q(x_u | x_0)."""
+    """Song et al. 2021, lemma 1: over x_t ~ q(x_t | x_0), x_u has the mean and variance of
+    q(x_u | x_0)."""
     d, (x0, _) = make(), (v.double() for v in images_and_noise())
     for t, u in ((99, 98), (99, 0), (50, 7), (1, 0), (50, -1)):
         at, au = d.abar[t], d.abar[u]
@@ -232,7 +251,9 @@ def test_step_with_eta_1_is_the_posterior_of_ho_et_al(kind):
     d = ddpm.Diffusion(betas)
     for t in (0, 1, 2, 50, 98, 99):
         mean, variance = posterior(betas.numpy(), t, xt.numpy(), x0.numpy())
-        np.testing.assert_allclose(d.step(xt, x0, t, t - 1, eta=1.0).numpy(), mean, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            d.step(xt, x0, t, t - 1, eta=1.0).numpy(), mean, rtol=1e-7, atol=1e-9
+        )
         assert d.posterior_std(t, t - 1) == pytest.approx(math.sqrt(variance), rel=1e-6, abs=1e-12)
         assert d.forward_std(t, t - 1) == pytest.approx(math.sqrt(betas[t]), rel=1e-9)
         noisy = d.step(xt, x0, t, t - 1, eta=1.0, noise=torch.ones_like(xt))
@@ -241,7 +262,8 @@ def test_step_with_eta_1_is_the_posterior_of_ho_et_al(kind):
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_step_with_eta_0_keeps_the_noise_that_was_predicted(kind):
-    """Song et al. 2021, eq. 12 with sigma = 0: from q_sample(x0, t, eps) to q_sample(x0, u, eps)."""
+    """Song et al. 2021, eq. 12 with sigma = 0: from q_sample(x0, t, eps) to
+    q_sample(x0, u, eps)."""
     d, (x0, eps) = make(kind=kind), (v.double() for v in images_and_noise())
     for t, u in ((99, 98), (99, 0), (50, 7), (1, 0), (5, -1), (0, -1)):
         at, au = d.abar[t], d.abar[u]
@@ -263,7 +285,9 @@ def test_posterior_std_is_zero_at_clean_data_and_finite_everywhere(kind, T):
 def test_step_to_clean_data_is_the_predicted_x0(eta):
     d, (x0, xt) = make(), images_and_noise()
     for t in (0, 1, 99):
-        torch.testing.assert_close(d.step(xt, x0, t, -1, eta, torch.randn_like(xt)), x0, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            d.step(xt, x0, t, -1, eta, torch.randn_like(xt)), x0, rtol=1e-6, atol=1e-6
+        )
 
 
 # ---- pixels and noise
@@ -291,8 +315,12 @@ def test_the_noise_of_an_image_depends_on_neither_its_batch_nor_its_neighbours()
     together = two_calls(range(5))
     assert together.shape == (2, 5, 3, 4, 4)
     assert torch.equal(two_calls([2, 4]), together[:, [2, 4]])
-    different = torch.cat([together.flatten(0, 1), two_calls(range(5), seed=4).flatten(0, 1)]).flatten(1)
-    assert len(different.unique(dim=0)) == 20, "seeds, images and calls each have noise of their own"
+    different = torch.cat(
+        [together.flatten(0, 1), two_calls(range(5), seed=4).flatten(0, 1)]
+    ).flatten(1)
+    assert len(different.unique(dim=0)) == 20, (
+        "seeds, images and calls each have noise of their own"
+    )
     assert abs(two_calls(range(200)).std().item() - 1) < 0.02
 
 

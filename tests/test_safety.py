@@ -1,4 +1,5 @@
-"""Safety, with the damage done for real: kills, full disks, signals, half files, names by strangers."""
+"""Safety, with the damage done for real: kills, full disks, signals, half files, names by
+strangers."""
 
 import contextlib
 import json
@@ -26,10 +27,11 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def train(main, pictures, tmp_path, quick_plots):
-    """train(*flags) trains a tiny model in tmp_path/run, saving at every step, and returns the exit code."""
+def train(main, image_folder, tmp_path, quick_plots):
+    """train(*flags) trains a tiny model in tmp_path/run, saving at every step, and returns the exit
+    code."""
 
-    def run(*flags, data=pictures):
+    def run(*flags, data=image_folder):
         more = [] if "--resume" in words(*flags) else [TINY, "--steps 2 --save_every 1"]
         return main("--mode train", *more, *places(tmp_path / "run", data), *flags)
 
@@ -53,7 +55,7 @@ def half_files(folder):
 
 
 def the_error(capsys):
-    """What stderr ends with: one line that begins with error:."""
+    """What stderr ends with: one line that starts with error:."""
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: "), last
     return last
@@ -74,27 +76,42 @@ def before_step(monkeypatch, number, do):
 # ---- kill -9
 
 
-def test_kill_nine_at_any_moment_loses_nothing(request, pictures, record_property):
-    """After every kill all checkpoints load and none is lost; the end is that of an uninterrupted run."""
+def test_kill_nine_at_any_moment_loses_nothing(request, image_folder, record_property):
+    """After every kill all checkpoints load and none is lost; the end is that of an uninterrupted
+    run."""
     kills = 120 if request.config.getoption("--slow") else 6
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a kill spares the page cache
     flags = words(
         TINY,
-        "--channel_mults 1 --attention none --steps 12 --save_every 1 --sample_every 5 --dropout 0.2 --hflip",
-        "--grad_accum 2 --optimizer adam --ema_decay 0.9 --lr 3e-3 --warmup_steps 3 --data_path",
-        pictures,
+        "--channel_mults 1 --attention none --steps 12 --save_every 1 --sample_every 5",
+        "--dropout 0.2 --hflip --grad_accum 2 --optimizer adam --ema_decay 0.9 --lr 3e-3",
+        "--warmup_steps 3 --data_path",
+        image_folder,
     )
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        command = [sys.executable, str(HERE / "tools" / "killer.py"), str(kills), "0", folder, *flags]
+        command = [
+            sys.executable,
+            str(HERE / "tools" / "killer.py"),
+            str(kills),
+            "0",
+            folder,
+            *flags,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000)
+        result = subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=3000
+        )
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout)
-    record_property("kills", told)
-    print(told)
-    assert told["killed"] == kills == sum(told["places"].values())
-    assert len(told["places"]) >= min(kills // 2, 6), "kills inside a save as well as at random moments"
-    assert told["finished"] == told["equal"] >= 1 and told["halves"] > 0 and told["left"] == []
+    report = json.loads(result.stdout)
+    record_property("kills", report)
+    print(report)
+    assert report["killed"] == kills == sum(report["places"].values())
+    assert len(report["places"]) >= min(kills // 2, 6), (
+        "kills inside a save as well as at random moments"
+    )
+    assert (
+        report["finished"] == report["equal"] >= 1 and report["halves"] > 0 and report["left"] == []
+    )
 
 
 # ---- no room, no right, no folder
@@ -134,7 +151,8 @@ def test_no_room_for_the_cache(train, tmp_path, capsys):
 
 
 def test_no_room_on_a_real_disk(train, tmp_path, capsys):
-    """A disk of one megabyte: the cache of 24 pictures of 256x256 must not die of SIGBUS in mid-write."""
+    """A disk of one megabyte: the cache of 24 images of 256x256 must not die of SIGBUS in
+    mid-write."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -146,7 +164,9 @@ def test_no_room_on_a_real_disk(train, tmp_path, capsys):
         assert train("--download_dir", disk, big) == 1
         said = the_error(capsys)
         assert "No space left" in said and "Make room" in said and not tree(disk)
-        assert train("--model_path", disk / "model.pt", "--steps 3") == 1  # 0.9 MB a step, 0.4 MB the model
+        assert (
+            train("--model_path", disk / "model.pt", "--steps 3") == 1
+        )  # 0.9 MB a step, 0.4 MB the model
         assert "No space left" in the_error(capsys) and not half_files(disk)
         files = list(disk.rglob("*.pt"))
         assert files and all(ddpm.read_checkpoint(f) for f in files)
@@ -173,10 +193,12 @@ def plain_user():
 
 
 @pytest.mark.parametrize("flag", ("--model_path", "--samples_dir", "--download_dir"))
-def test_a_folder_that_may_not_be_written_to(plain_user, main, pictures, monkeypatch, capsys, flag):
+def test_a_folder_that_may_not_be_written_to(
+    plain_user, main, image_folder, monkeypatch, capsys, flag
+):
     """Said before the first step, not at the first save."""
     folder, being = plain_user
-    shutil.copytree(pictures, folder / "data")
+    shutil.copytree(image_folder, folder / "data")
     (folder / "data").chmod(0o755)
     for name in ("free", "locked"):
         (folder / name).mkdir()
@@ -185,7 +207,11 @@ def test_a_folder_that_may_not_be_written_to(plain_user, main, pictures, monkeyp
     (folder / "locked").chmod(0o555)
     before_step(monkeypatch, 0, lambda: pytest.fail("a step was computed"))
     to = {"--model_path": "model.pt", "--samples_dir": "samples", "--download_dir": "d"}
-    where = [word for k, v in to.items() for word in (k, folder / ("locked" if k == flag else "free") / v)]
+    where = [
+        word
+        for k, v in to.items()
+        for word in (k, folder / ("locked" if k == flag else "free") / v)
+    ]
     before = tree(folder / "locked")
     with being():
         assert main("--mode train", TINY, "--steps 1 --data_path", folder / "data", *where) == 1
@@ -195,9 +221,11 @@ def test_a_folder_that_may_not_be_written_to(plain_user, main, pictures, monkeyp
     assert not list((folder / "free").rglob("*.pt"))
 
 
-def test_folders_and_pictures_that_may_not_be_read(plain_user, main, pictures, monkeypatch, capsys):
+def test_folders_and_images_that_may_not_be_read(
+    plain_user, main, image_folder, monkeypatch, capsys
+):
     folder, being = plain_user
-    shutil.copytree(pictures, folder / "data")
+    shutil.copytree(image_folder, folder / "data")
     (folder / "data").chmod(0o755)
     (folder / "data" / "disc" / "0.png").chmod(0)
     (folder / "cache").mkdir()
@@ -215,7 +243,7 @@ def test_folders_and_pictures_that_may_not_be_read(plain_user, main, pictures, m
     (folder / "data" / "disc").chmod(0o755)
 
 
-def test_the_folder_of_pictures_vanishes_in_mid_run(train, tmp_path, monkeypatch, capsys):
+def test_the_folder_of_images_vanishes_in_mid_run(train, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         before_step(patch, 2, lambda: shutil.rmtree(run / "samples"))
@@ -246,7 +274,7 @@ def test_a_file_takes_the_place_of_the_folder_of_models(train, tmp_path, monkeyp
     assert ddpm.load_model(tmp_path / "run" / "model.pt") and not half_files(tmp_path)
 
 
-def test_an_error_in_the_loop_begins_a_line_of_its_own(train, tmp_path, monkeypatch, capsys):
+def test_an_error_in_the_loop_starts_a_line_of_its_own(train, tmp_path, monkeypatch, capsys):
     before_step(monkeypatch, 1, lambda: (_ for _ in ()).throw(ddpm.UserError("stopped here.")))
     assert train() == 1
     assert capsys.readouterr().err.endswith("\nerror: stopped here.\n")
@@ -266,17 +294,19 @@ def start(folder, *flags, launcher=()):
 
 
 def wait_for(process, condition, seconds=200):
-    begun = time.monotonic()
+    start_time = time.monotonic()
     while not condition():
-        assert process.poll() is None and time.monotonic() - begun < seconds, "it ended, or took for ever"
+        assert process.poll() is None and time.monotonic() - start_time < seconds, (
+            "it ended, or took for ever"
+        )
         time.sleep(0.05)
 
 
 @pytest.mark.parametrize("what, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_sampling(trained, tmp_path, what, code):
     """The shortest way out: nothing is written, and it is no traceback."""
-    flags = "--num_samples 1000000 --sampling_steps 50 --sample_batch_size 8 --individual each --model_path"
-    process = start(tmp_path, "--mode sample --device cpu", flags, trained)
+    flags = "--num_samples 1000000 --sampling_steps 50 --sample_batch_size 8 --individual each"
+    process = start(tmp_path, "--mode sample --device cpu", flags, "--model_path", trained)
     wait_for(process, lambda: "step/s" in (tmp_path / "log").read_text())
     process.send_signal(what)
     assert process.wait(60) == code
@@ -285,12 +315,13 @@ def test_a_signal_while_sampling(trained, tmp_path, what, code):
 
 @pytest.mark.parametrize("what, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_a_preview_is_sampled(train, tmp_path, monkeypatch, what, code):
-    """Sampling is given up after the step it is at, the state is saved, and the run can go on."""
-    real, drawn = ddpm.generate, []
+    """Sampling is given up after the step it is at, the state is saved, and the run can be
+    resumed."""
+    real, sampled = ddpm.generate, []
 
     def generate(*args, **kwargs):
         for i, item in enumerate(real(*args, **kwargs)):
-            drawn.append(i)
+            sampled.append(i)
             if i == 2:
                 os.kill(os.getpid(), what)
             yield item
@@ -298,11 +329,11 @@ def test_a_signal_while_a_preview_is_sampled(train, tmp_path, monkeypatch, what,
     with monkeypatch.context() as patch:
         patch.setattr(ddpm, "generate", generate)
         assert train("--steps 9 --save_every 100 --sample_every 3 --sampling_steps 40") == code
-    assert drawn == [0, 1, 2] and steps(tmp_path / "run") in ([3], [4])
+    assert sampled == [0, 1, 2] and steps(tmp_path / "run") in ([3], [4])
     assert train("--resume") == 0 and steps(tmp_path / "run")[-1] == 9
 
 
-def test_a_second_ctrl_c_quits_at_once(pictures, tmp_path):
+def test_a_second_ctrl_c_quits_at_once(image_folder, tmp_path):
     """The first one comes in a step that would take for ever; what was saved before stays whole."""
     slow = tmp_path / "slow.py"
     slow.write_text(
@@ -321,7 +352,7 @@ def test_a_second_ctrl_c_quits_at_once(pictures, tmp_path):
     log = tmp_path / "log"
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [*command, str(pictures)], cwd=tmp_path, stdout=file, stderr=file, env=environment
+            [*command, str(image_folder)], cwd=tmp_path, stdout=file, stderr=file, env=environment
         )
     wait_for(process, lambda: "in the step" in log.read_text())
     process.send_signal(signal.SIGINT)
@@ -330,20 +361,30 @@ def test_a_second_ctrl_c_quits_at_once(pictures, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
     files = list((tmp_path / "saved_models").rglob("*.pt"))
-    assert files and max(checkpoint(f)["step"] for f in files) == 3 and "Traceback" not in log.read_text()
+    assert (
+        files
+        and max(checkpoint(f)["step"] for f in files) == 3
+        and "Traceback" not in log.read_text()
+    )
 
 
 @pytest.mark.parametrize(
     "way",
-    ["Ctrl-C", pytest.param("SIGTERM", marks=pytest.mark.slow), pytest.param("one", marks=pytest.mark.slow)],
+    [
+        "Ctrl-C",
+        pytest.param("SIGTERM", marks=pytest.mark.slow),
+        pytest.param("one", marks=pytest.mark.slow),
+    ],
 )
-def test_several_processes_stop_on_the_same_step(train, pictures, tmp_path, way):
-    """Ctrl-C reaches the group, and the launcher passes it on; SIGTERM comes to the launcher or one process.
-    If they stopped on different steps, they would wait for each other for ever."""
+def test_several_processes_stop_on_the_same_step(train, image_folder, tmp_path, way):
+    """Ctrl-C reaches the group, and the launcher passes it on; SIGTERM comes to the launcher or one
+    process. If they stopped on different steps, they would wait for each other for ever."""
     run = tmp_path / "run"
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     more = "--steps 100000 --save_every 100000 --log_every 10 --device cpu"
-    process = start(tmp_path, "--mode train", TINY, more, *places(run, pictures), launcher=launcher)
+    process = start(
+        tmp_path, "--mode train", TINY, more, *places(run, image_folder), launcher=launcher
+    )
     metrics = run / "samples" / "metrics.jsonl"
     wait_for(process, lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 2)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
@@ -368,7 +409,9 @@ def test_several_processes_stop_on_the_same_step(train, pictures, tmp_path, way)
 # ---- resuming from what is there
 
 
-def test_a_new_checkpoint_is_not_rotated_away_by_a_later_one_of_another_branch(train, tmp_path, capsys):
+def test_a_new_checkpoint_is_not_rotated_away_by_a_later_one_of_another_branch(
+    train, tmp_path, capsys
+):
     assert train("--steps 8 --keep_last 9") == 0
     folder = tmp_path / "run" / "model_steps"
     assert train("--resume", folder / "step_00000004.pt", "--steps 6 --keep_last 2") == 0
@@ -413,15 +456,18 @@ def test_metrics_that_a_crash_spoiled_do_not_stop_a_resume(train, tmp_path, end)
 # ---- never silently wrong
 
 
-def test_weights_that_overflow_while_the_loss_is_finite_are_not_saved(train, tmp_path, monkeypatch, capsys):
-    """Norms and unused rows can hide an overflow from the loss. Here a step spoils one row of the labels."""
+def test_weights_that_overflow_while_the_loss_is_finite_are_not_saved(
+    train, tmp_path, monkeypatch, capsys
+):
+    """Norms and unused rows can hide an overflow from the loss. Here a step spoils one row of the
+    labels."""
     real, calls = ddpm.update_ema, []
 
-    def update_ema(averages, weights, *args):
+    def update_ema(ema, weights, *args):
         calls.append(1)
         if len(calls) == 3:
             next(w for w in weights if len(w) == 4)[0, 0] = float("inf")  # three classes and none
-        return real(averages, weights, *args)
+        return real(ema, weights, *args)
 
     monkeypatch.setattr(ddpm, "update_ema", update_ema)
     assert train("--steps 3") == 1
@@ -439,7 +485,9 @@ def test_weights_that_overflow_while_the_loss_is_finite_are_not_saved(train, tmp
 @pytest.mark.parametrize(
     "use", ("--mode sample --model_path", "--mode train --init_from", "--mode train --resume")
 )
-def test_weights_that_are_not_finite_are_never_loaded(train, main, tmp_path, capsys, kind, value, use):
+def test_weights_that_are_not_finite_are_never_loaded(
+    train, main, tmp_path, capsys, kind, value, use
+):
     assert train() == 0
     source = tmp_path / "run" / "model_steps" / "step_00000002.pt"
     saved = checkpoint(source)
@@ -448,27 +496,38 @@ def test_weights_that_are_not_finite_are_never_loaded(train, main, tmp_path, cap
     before = tree(tmp_path)
     assert main(use, tmp_path / "bad.pt") == 1
     said = the_error(capsys)
-    assert "bad.pt" in said and "not finite" in said and "use another" in said and tree(tmp_path) == before
+    assert (
+        "bad.pt" in said
+        and "not finite" in said
+        and "use another" in said
+        and tree(tmp_path) == before
+    )
 
 
 STORED = HERE / "checkpoint_format_1.pt"
 
 
 def test_a_checkpoint_of_format_1_still_loads_and_samples_the_same_images(tmp_path, quick_plots):
-    """File and images were made when format 1 was new: they have to come back, to one grey level."""
+    """File and images were made when format 1 was new: they have to come back, to one grey
+    level."""
     expected = np.asarray(Image.open(STORED.with_suffix(".png")))
-    settings = dict(model_path=str(STORED), samples_dir=str(tmp_path), num_samples=6, sampler="ddim", seed=7)
-    drawn = ddpm.sample(
-        ddpm.preset("animals", **settings, sampling_steps=8, guidance=1.5, device="cpu", precision="fp32")
+    settings = dict(
+        model_path=str(STORED), samples_dir=str(tmp_path), num_samples=6, sampler="ddim", seed=7
     )
-    row = np.concatenate(list(drawn.permute(0, 2, 3, 1).numpy()), axis=1)
+    samples = ddpm.sample(
+        ddpm.preset(
+            "animals", **settings, sampling_steps=8, guidance=1.5, device="cpu", precision="fp32"
+        )
+    )
+    row = np.concatenate(list(samples.permute(0, 2, 3, 1).numpy()), axis=1)
     assert row.shape == expected.shape and expected.std() > 30
     assert np.abs(row.astype(int) - expected).max() <= 1
     assert ddpm.read_checkpoint(STORED)["classes"] == ["disc", "square", "stripes"]
 
 
 def test_a_run_of_the_old_program_is_opened_and_resumed(train, tmp_path):
-    """Its fingerprint says "N pictures, N bad"; the same images are meant, and no other number of them."""
+    """Its fingerprint says "N pictures, N bad"; the same images are meant, and no other number of
+    them."""
     assert train("--steps 4") == 0
     whole = checkpoint(tmp_path / "run" / "model.pt")
     new = tmp_path / "run" / "model_steps" / "step_00000003.pt"
@@ -500,9 +559,8 @@ def test_nothing_in_the_sources_runs_what_it_reads():
         text = file.read_text()
         for call in re.findall(r"torch\.load\([^\n]*", text):
             assert "weights_only=True" in call, f"{file.name}: {call}"
-        danger = (
-            r"(?<![.\w])(eval|exec|compile|__import__)\(|os\.(system|popen)\(|shell=True|allow_pickle=True|"
-        )
+        danger = r"(?<![.\w])(eval|exec|compile|__import__)\(|os\.(system|popen)\(|"
+        danger += r"shell=True|allow_pickle=True|"
         danger += r"\bimport (pickle|marshal|shelve|dill|subprocess)|yaml\.load|torch\.hub\.load\("
         assert not re.search(danger, text), f"{file.name}: {re.search(danger, text)[0]}"
 
@@ -524,7 +582,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(main, tmp_path, capsys, pla
     before = tree(tmp_path)
     assert main(use, "bad.pt") == 1
     said = the_error(capsys)
-    assert "bad.pt cannot be read safely" in said and "Use another" in said and tree(tmp_path) == before
+    assert (
+        "bad.pt cannot be read safely" in said
+        and "Use another" in said
+        and tree(tmp_path) == before
+    )
 
 
 NASTY = [
@@ -538,7 +600,8 @@ NASTY = [
 
 
 def test_names_in_a_checkpoint_reach_no_path_and_no_terminal(main, tmp_path, capsys, quick_plots):
-    """Names of classes, the data's path and the folder of single pictures, as a stranger may choose them."""
+    """Names of classes, the data's path and the folder of single images, as a stranger may choose
+    them."""
     inner = tmp_path / "a" / "b"
     inner.mkdir(parents=True)
     os.chdir(inner)
@@ -556,7 +619,8 @@ def test_names_in_a_checkpoint_reach_no_path_and_no_terminal(main, tmp_path, cap
     assert main(base, "--classes unicorn") == 1
     written = {name for name in tree(tmp_path) if "each" not in name}
     assert written == {
-        f"a/b/{n}" for n in ("model.pt", "samples/generated_sample.png", "samples/denoising_steps.png")
+        f"a/b/{n}"
+        for n in ("model.pt", "samples/generated_sample.png", "samples/denoising_steps.png")
     }
     assert sorted(os.listdir("each")) == [f"{i:05d}.png" for i in range(6)]
     out, err = capsys.readouterr()
@@ -574,15 +638,27 @@ def test_names_of_classes_reach_no_terminal_in_training(train, tmp_path, capsys)
         Image.new("RGB", (16, 16), (9, 9, 9)).save(tmp_path / "data" / name / "p.png")
     assert train(data=tmp_path / "data") == 0
     out = capsys.readouterr().out
-    assert r"\x1b[2J\x07 1" in out and r"two\nlines 1" in out and "ünï ☃ 1" in out and r"caf\udce9 1" in out
-    assert "\x1b" not in out and len(ddpm.load_model(tmp_path / "run" / "model.pt")[0].class_names) == 4
+    assert (
+        r"\x1b[2J\x07 1" in out
+        and r"two\nlines 1" in out
+        and "ünï ☃ 1" in out
+        and r"caf\udce9 1" in out
+    )
+    assert (
+        "\x1b" not in out
+        and len(ddpm.load_model(tmp_path / "run" / "model.pt")[0].class_names) == 4
+    )
     assert train("--resume --steps 3", data=tmp_path / "data") == 0
 
 
-def test_a_terminal_without_the_letters_of_a_name_is_no_reason_to_stop(pictures, tmp_path):
-    shutil.copytree(pictures, tmp_path / "data")
+def test_a_terminal_without_the_letters_of_a_name_is_no_reason_to_stop(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "data")
     (tmp_path / "data" / "disc").rename(tmp_path / "data" / "żółw")
-    command = [sys.executable, str(ROOT / "ddpm.py"), *words("--mode train --dry_run --data_path data", TINY)]
+    command = [
+        sys.executable,
+        str(ROOT / "ddpm.py"),
+        *words("--mode train --dry_run --data_path data", TINY),
+    ]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=200
@@ -613,9 +689,10 @@ def test_files_have_the_rights_that_the_umask_leaves(train, main, tmp_path, mask
 
 
 @pytest.fixture
-def cached(pictures, tmp_path):
-    """load() decodes through a cache in tmp_path; with the right pixels, and the two files of the cache."""
-    settings = dict(data_path=str(pictures), image_size=16, download_dir=str(tmp_path / "d"))
+def cached(image_folder, tmp_path):
+    """load() decodes through a cache in tmp_path; with the right pixels, and the two files of the
+    cache."""
+    settings = dict(data_path=str(image_folder), image_size=16, download_dir=str(tmp_path / "d"))
     elsewhere = settings | dict(download_dir=str(tmp_path / "elsewhere"))
     right = ddpm.load_images(ddpm.preset("animals", **elsewhere)).pixels.clone()
     shutil.rmtree(tmp_path / "elsewhere")
@@ -624,7 +701,9 @@ def cached(pictures, tmp_path):
         return ddpm.load_images(ddpm.preset("animals", **settings | more)).pixels
 
     assert torch.equal(load(), right)
-    (pixels,), (reasons,) = (list((tmp_path / "d" / "decoded").glob(f"*.{kind}")) for kind in ("npy", "json"))
+    (pixels,), (reasons,) = (
+        list((tmp_path / "d" / "decoded").glob(f"*.{kind}")) for kind in ("npy", "json")
+    )
     return load, right, pixels, reasons
 
 
@@ -650,7 +729,12 @@ def test_a_damaged_cache_is_decoded_anew(cached, damage):
         reasons.unlink(missing_ok=kind == "no" and file == reasons) if kind == "neither" else None
     else:
         whole = file.read_bytes()
-        parts = {"empty npy": b"", "empty json": b"", "cut header": whole[:50], "cut pixels": whole[:-99]}
+        parts = {
+            "empty npy": b"",
+            "empty json": b"",
+            "cut header": whole[:50],
+            "cut pixels": whole[:-99],
+        }
         file.write_bytes(parts.get(damage, b"{" if file == reasons else b"no array at all"))
     assert torch.equal(load(), right)
     assert sorted(p.name for p in pixels.parent.iterdir()) == sorted([pixels.name, reasons.name])
@@ -681,7 +765,9 @@ def test_an_interrupted_decoding_leaves_nothing_behind(cached, tmp_path, monkeyp
     pixels.unlink()
     reasons.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(ddpm, "decode", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(0.01))
+        patch.setattr(
+            ddpm, "decode", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(0.01)
+        )
         with pytest.raises(KeyboardInterrupt):
             load()
             time.sleep(1)

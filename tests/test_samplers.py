@@ -1,4 +1,5 @@
-"""The samplers, against closed forms for Gaussian data, diffusers' schedulers and its published values."""
+"""The samplers, against closed forms for Gaussian data, diffusers' schedulers and its published
+values."""
 
 import inspect
 import math
@@ -18,7 +19,9 @@ STEPS = (1, 2, 3, 7, 10, 50, 100)
 def walk(name, diffusion, denoise, x, ts, noise=None, **more):
     """All of (t, x, x0) that a sampler yields."""
     return list(
-        ddpm.SAMPLERS[name](diffusion, denoise, x, ts, noise or (lambda: torch.randn_like(x)), **more)
+        ddpm.SAMPLERS[name](
+            diffusion, denoise, x, ts, noise or (lambda: torch.randn_like(x)), **more
+        )
     )
 
 
@@ -39,7 +42,8 @@ def ideal(diffusion):
 
 
 def exact(diffusion, x, t, u):
-    """Where the probability-flow equation takes x from level t to u: the marginals' quantiles are kept."""
+    """Where the probability-flow equation takes x from level t to u: the marginals' quantiles are
+    kept."""
 
     def marginal(v):
         abar = diffusion.abar[v].item()
@@ -50,7 +54,8 @@ def exact(diffusion, x, t, u):
 
 
 def orders(name, diffusion, lists):
-    """log2 of how much the largest error falls from each list of timesteps to the next, twice as fine."""
+    """log2 of how much the largest error falls from each list of timesteps to the next, twice as
+    fine."""
     x = torch.linspace(-3, 3, 13, dtype=torch.float64)
     errors = []
     for ts in lists:
@@ -102,12 +107,15 @@ def test_samples_have_the_mean_and_standard_deviation_of_the_data(name, steps, e
 
 @pytest.mark.parametrize("steps, large", [(1000, True), (250, False)])
 def test_ddpm_adds_the_fixed_large_noise_on_all_steps_and_the_fixed_small_on_fewer(steps, large):
-    """Ho et al. 2020, section 3.2. The noise that was added is what differs from a run with none."""
+    """Ho et al. 2020, section 3.2. The noise that was added is what differs from a run with
+    none."""
     d, x = ddpm.Diffusion(ddpm.make_betas("linear", 1000)), torch.zeros(1, dtype=torch.float64)
     ts = ddpm.spaced_timesteps(1000, steps)
 
     def first(z):
-        return next(ddpm.SAMPLERS["ddpm"](d, lambda x, t: x * 0, x, ts, lambda: torch.full_like(x, z)))[1]
+        return next(
+            ddpm.SAMPLERS["ddpm"](d, lambda x, t: x * 0, x, ts, lambda: torch.full_like(x, z))
+        )[1]
 
     stds = {True: d.forward_std(ts[0], ts[1]), False: d.posterior_std(ts[0], ts[1])}
     assert (first(1.0) - first(0.0)).item() == pytest.approx(stds[large], rel=1e-9)
@@ -129,7 +137,9 @@ def dummy_diffusion(predict):
     return ddpm.Diffusion(torch.tensor(LINEAR), predict)
 
 
-@pytest.mark.parametrize("predict, total, mean", [("eps", 258.9606, 0.3372), ("v", 202.0296, 0.2631)])
+@pytest.mark.parametrize(
+    "predict, total, mean", [("eps", 258.9606, 0.3372), ("v", 202.0296, 0.2631)]
+)
 def test_all_steps_with_the_small_variance_give_the_published_ddpm_values(predict, total, mean):
     """diffusers, test_scheduler_ddpm.py, test_full_loop_no_noise and ..._with_v_prediction."""
     d, x, generator = dummy_diffusion(predict), dummy_sample(), torch.manual_seed(0)
@@ -141,7 +151,9 @@ def test_all_steps_with_the_small_variance_give_the_published_ddpm_values(predic
     assert x.abs().mean().item() == pytest.approx(mean, abs=1e-3)
 
 
-@pytest.mark.parametrize("predict, total, mean", [("eps", 172.0067, 0.223967), ("v", 52.5302, 0.0684)])
+@pytest.mark.parametrize(
+    "predict, total, mean", [("eps", 172.0067, 0.223967), ("v", 52.5302, 0.0684)]
+)
 def test_ten_leading_steps_give_the_published_ddim_values(predict, total, mean):
     """diffusers, test_scheduler_ddim.py, test_full_loop_no_noise and ..._with_v_prediction."""
     d = dummy_diffusion(predict)
@@ -153,7 +165,8 @@ def test_ten_leading_steps_give_the_published_ddim_values(predict, total, mean):
 
 @pytest.mark.parametrize("end, mean", [(0, 0.3301), (-1, 0.2409)])
 def test_ten_steps_give_the_published_dpm_solver_values(end, mean):
-    """diffusers, test_scheduler_dpm_multi.py, test_full_loop_no_noise; 0.2409 with a list that ends at -1."""
+    """diffusers, test_scheduler_dpm_multi.py, test_full_loop_no_noise; 0.2409 with a list that ends
+    at -1."""
     d = dummy_diffusion("eps")
     ts = [*np.linspace(0, 999, 11).round().astype(int)[:0:-1].tolist(), end]
     x = walk("dpm++", d, ddpm.make_denoiser(dummy_model, d, clip=False), dummy_sample(), ts)[-1][1]
@@ -167,7 +180,8 @@ PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def compare(name, theirs, diffusion, steps, clip=True, ours=(), **more):
-    """Our sampler and diffusers' scheduler take the same steps from the same noise, to a relative 1e-4."""
+    """Our sampler and diffusers' scheduler take the same steps from the same noise, to a relative
+    1e-4."""
     network = randomise(ddpm.UNet(3, 8, (1, 2), 1, attention_stages=()), scale=0.15).eval()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     our_noise, their_noise = torch.Generator().manual_seed(6), torch.Generator().manual_seed(6)
@@ -242,7 +256,9 @@ def test_timesteps_start_at_the_noisiest_and_end_clean(T):
             ts = ddpm.spaced_timesteps(T, n)
             assert len(ts) == n + 1 and ts[0] == T - 1 and ts[-1] == -1
             gaps = -np.diff(ts)
-            assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1, "the spacing is even, to rounding"
+            assert gaps.min() >= 1 and gaps.max() - gaps.min() <= 1, (
+                "the spacing is even, to rounding"
+            )
     assert ddpm.spaced_timesteps(T, T) == list(range(T - 1, -2, -1))
 
 
@@ -268,7 +284,9 @@ def test_every_sampler_stays_finite_and_in_range(name, predict, kind):
         trajectory = walk(name, d, denoise, start, ddpm.spaced_timesteps(100, steps))
         assert [t for t, _, _ in trajectory] == ddpm.spaced_timesteps(100, steps)[:-1]
         assert all(x.isfinite().all() and x0.isfinite().all() for _, x, x0 in trajectory)
-        assert trajectory[-1][1].abs().max() <= 1 + 1e-5, "the last image is a predicted, clipped one"
+        assert trajectory[-1][1].abs().max() <= 1 + 1e-5, (
+            "the last image is a predicted, clipped one"
+        )
 
 
 @pytest.mark.parametrize("eta", (0.0, 1.0))
@@ -325,7 +343,8 @@ def test_a_sampler_continues_from_the_clipped_image(name):
 
 
 def labelled(x, t, y):
-    """A stand-in whose output tells the label it was given: -1 gives -0.1, class k gives 0.1 k."""
+    """A stand-in whose output depends on the label it is given: -1 gives -0.1, class k gives
+    0.1 k."""
     return x * 0 + (torch.full((len(x),), -1) if y is None else y).view(-1, 1, 1, 1) * 0.1
 
 
@@ -344,7 +363,10 @@ def test_guidance_is_uncond_plus_g_times_the_difference():
 def test_guidance_with_a_network_is_the_formula_on_two_separate_calls(predict):
     d, y = ddpm.Diffusion(ddpm.make_betas("linear", 100), predict), torch.tensor([2, 0])
     network = randomise(ddpm.UNet(1, 8, (1, 2), 1, attention_stages=(), num_classes=3)).eval()
-    x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([40, 40])
+    x, t = (
+        torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([40, 40]),
+    )
     with torch.no_grad():
         uncond, cond = network(x, t), network(x, t, y)
     expected = d.predict_x0(uncond + 3 * (cond - uncond), x, t)

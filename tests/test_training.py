@@ -1,4 +1,5 @@
-"""Training through the real command line: exact resuming, files, averages, slices, stops and failures."""
+"""Training through the real command line: exact resuming, files, EMA, micro-batches, stops and
+failures."""
 
 import copy
 import io
@@ -23,16 +24,17 @@ from PIL import Image
 
 import ddpm
 
-# All that could make a resumed run differ: dropout, flips, hidden labels, EMA, accumulation, a falling rate.
-LIVELY = """--dropout 0.2 --hflip --label_dropout 0.3 --optimizer adam --grad_accum 2 --ema_decay 0.9
-    --lr 3e-3 --lr_schedule cosine --warmup_steps 3 --steps 12 --sample_every 100"""
+# All that could make a resumed run differ: dropout, flips, hidden labels, EMA, accumulation, a
+# falling rate.
+LIVELY = """--dropout 0.2 --hflip --label_dropout 0.3 --optimizer adam --grad_accum 2
+    --ema_decay 0.9 --lr 3e-3 --lr_schedule cosine --warmup_steps 3 --steps 12 --sample_every 100"""
 
 
 @pytest.fixture
-def train(main, pictures, tmp_path, quick_plots):
+def train(main, image_folder, tmp_path, quick_plots):
     """train(*flags, name=...) trains a tiny model in tmp_path/name and returns the exit code."""
 
-    def run(*flags, name="run", data=pictures):
+    def run(*flags, name="run", data=image_folder):
         given = words(*flags)
         length = "" if {"--steps", "--epochs", "--minutes"} & set(given) else "--steps 2"
         more = "" if "--resume" in given else f"{TINY} {length}"
@@ -56,7 +58,9 @@ def differences(a, b, where=""):
         return keys + [d for k in a if k in b for d in differences(a[k], b[k], f"{where}.{k}")]
     if isinstance(a, list) and isinstance(b, list):
         return [
-            d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}[{i}]")
+            d
+            for i, (x, y) in enumerate(zip(a, b, strict=True))
+            for d in differences(x, y, f"{where}[{i}]")
         ]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return [] if same else [where]
@@ -83,32 +87,38 @@ def interrupt_in_step(monkeypatch, number, what=signal.SIGTERM):
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, tmp_path_factory):
+def whole(image_folder, tmp_path_factory):
     """The last state of twelve lively steps that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    assert ddpm.main(words("--mode train", TINY, LIVELY, *places(folder, pictures))) == 0
+    assert ddpm.main(words("--mode train", TINY, LIVELY, *places(folder, image_folder))) == 0
     return state(folder)
 
 
-@pytest.mark.parametrize("drawing", ["", "--sample_every 2"], ids=["plain", "with pictures"])
+@pytest.mark.parametrize("previews", ["", "--sample_every 2"], ids=["plain", "with previews"])
 @pytest.mark.parametrize(
-    "stops", [(3,), (6,), (7,), (6, 7)], ids=["mid-epoch", "epoch's end", "after it", "twice in a row"]
+    "stops",
+    [(3,), (6,), (7,), (6, 7)],
+    ids=["mid-epoch", "epoch's end", "after it", "twice in a row"],
 )
-def test_twelve_steps_equal_some_a_resume_and_the_rest(train, tmp_path, monkeypatch, whole, stops, drawing):
+def test_twelve_steps_equal_some_a_resume_and_the_rest(
+    train, tmp_path, monkeypatch, whole, stops, previews
+):
     """Six steps are an epoch. The interruption is a real SIGTERM inside a step."""
     for i, stop in enumerate(stops):
         with monkeypatch.context() as patch:
             interrupt_in_step(patch, stop - 1)
-            assert train("--resume" if i else LIVELY, drawing) == 143
+            assert train("--resume" if i else LIVELY, previews) == 143
         assert last_step(tmp_path / "run")["step"] == stop
-    assert train("--resume", drawing) == 0
+    assert train("--resume", previews) == 0
     assert whole["step"] == 12 and not differences(whole, state(tmp_path / "run"))
 
 
 def test_the_comparison_of_checkpoints_can_fail(train, tmp_path):
     assert train(LIVELY, name="a") == train(LIVELY, "--seed 1", name="b") == 0
     found = differences(state(tmp_path / "a"), state(tmp_path / "b"))
-    assert {".weights.conv_in.weight", ".ema.conv_in.weight", ".optimizer.state.0.exp_avg"} <= set(found)
+    assert {".weights.conv_in.weight", ".ema.conv_in.weight", ".optimizer.state.0.exp_avg"} <= set(
+        found
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,15 +129,18 @@ def test_the_comparison_of_checkpoints_can_fail(train, tmp_path):
         "--optimizer adamw --weight_decay 0.1 --precision bf16",
     ],
 )
-def test_a_longer_run_goes_on_where_a_finished_one_ended(train, tmp_path, more):
-    """Six steps, then --resume --steps 12; the rate is constant, as a falling one depends on the length."""
+def test_a_longer_run_resumes_where_a_finished_one_ended(train, tmp_path, more):
+    """Six steps, then --resume --steps 12; the rate is constant, as a falling one depends on the
+    length."""
     more = f"{LIVELY} --lr_schedule constant {more}"
     assert train(more, name="whole") == 0
     assert train(more, "--steps 6") == train("--resume --steps 12") == 0
     assert not differences(state(tmp_path / "whole"), state(tmp_path / "run"))
 
 
-def test_the_latest_that_can_be_read_is_resumed_and_a_named_one_is_that_one(train, tmp_path, capsys):
+def test_the_latest_that_can_be_read_is_resumed_and_a_named_one_is_that_one(
+    train, tmp_path, capsys
+):
     assert train(LIVELY, "--save_every 4 --keep_last 9") == 0
     steps = tmp_path / "run" / "model_steps"
     (steps / "step_00000012.pt").write_bytes(b"torn")
@@ -167,15 +180,15 @@ def test_a_setting_that_changes_on_resume_is_an_error_naming_both_values(
     assert f"{flag} {value}" in said and was in said and tree(tmp_path) == before
 
 
-def test_other_pictures_on_resume_are_an_error(train, pictures, tmp_path, capsys):
-    shutil.copytree(pictures, tmp_path / "mine")
+def test_other_images_on_resume_are_an_error(train, image_folder, tmp_path, capsys):
+    shutil.copytree(image_folder, tmp_path / "mine")
     assert train("--steps 1", data=tmp_path / "mine") == 0
     shutil.copy(tmp_path / "mine" / "disc" / "0.png", tmp_path / "mine" / "disc" / "new.png")
     assert train("--resume --steps 2", data=tmp_path / "mine") == 1
     assert "other data" in capsys.readouterr().err
 
 
-def test_metrics_go_on_after_a_resume_without_a_gap_or_a_repeat(train, tmp_path, monkeypatch):
+def test_metrics_continue_after_a_resume_without_a_gap_or_a_repeat(train, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_in_step(patch, 4)
         assert train(LIVELY, "--save_every 3") == 143
@@ -185,13 +198,15 @@ def test_metrics_go_on_after_a_resume_without_a_gap_or_a_repeat(train, tmp_path,
     assert [row["step"] for row in metrics(metrics_file.parent)[1]] == list(range(1, 13))
 
 
-# ---- the averaged weights
+# ---- the EMA weights
 
 
-def test_the_first_averages_by_hand(train, tmp_path):
+def test_the_first_ema_updates_by_hand(train, tmp_path):
     """After n updates e <- d e + (1 - d) w with d = min(decay, (1 + n) / (10 + n))."""
     assert train("--steps 4 --save_every 1 --keep_last 9 --ema_decay 0.2 --lr 1e-2") == 0
-    steps = [checkpoint(tmp_path / "run" / "model_steps" / f"step_{n:08d}.pt") for n in (1, 2, 3, 4)]
+    steps = [
+        checkpoint(tmp_path / "run" / "model_steps" / f"step_{n:08d}.pt") for n in (1, 2, 3, 4)
+    ]
     for n, (before, after) in enumerate(zip(steps, steps[1:]), start=1):
         d = min(0.2, (1 + n) / (10 + n))
         for name, new in after["ema"].items():
@@ -213,11 +228,13 @@ def test_update_ema_averages_float_buffers_and_copies_integer_ones():
     assert counters and all(after[k].item() == now[k].item() == 1 for k in counters)
     for k in after:
         if k not in counters:
-            torch.testing.assert_close(after[k], 0.1 * before[k] + 0.9 * now[k], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                after[k], 0.1 * before[k] + 0.9 * now[k], rtol=1e-5, atol=1e-6
+            )
     assert any("running_mean" in k and not torch.equal(after[k], before[k]) for k in after)
 
 
-def test_drawing_and_loading_take_the_averaged_weights_unless_told(trained):
+def test_loading_takes_the_ema_weights_unless_it_is_given_ema_false(trained):
     saved = checkpoint(trained)
     assert differences(saved["ema"], saved["weights"])
     for ema, kind in ((True, "ema"), (False, "weights")):
@@ -225,7 +242,7 @@ def test_drawing_and_loading_take_the_averaged_weights_unless_told(trained):
         assert not differences(dict(model.state_dict()), saved[kind]) and not model.training
 
 
-# ---- slices and processes
+# ---- micro-batches and processes
 
 
 def gradient(folder):
@@ -234,9 +251,8 @@ def gradient(folder):
     return torch.cat([m["exp_avg"].flatten() for m in moments.values()]).double() * 10
 
 
-ONE_STEP = (
-    "--steps 1 --grad_clip 0 --batch_size 12 --dropout 0.2 --label_dropout 0.5 --hflip --optimizer adam"
-)
+ONE_STEP = """--steps 1 --grad_clip 0 --batch_size 12 --dropout 0.2 --label_dropout 0.5 --hflip
+    --optimizer adam"""
 
 
 @pytest.fixture
@@ -252,42 +268,53 @@ def two(program):
     return run
 
 
-def test_two_processes_see_the_gradient_of_one_with_two_slices(train, two, pictures, trained, tmp_path):
+def test_two_processes_see_the_gradient_of_one_with_two_micro_batches(
+    train, two, image_folder, trained, tmp_path
+):
     """Relative 1e-5. It starts from a trained model, since in a new one most gradients are zero."""
     assert train(ONE_STEP, "--grad_accum 2 --init_from", trained, name="one") == 0
-    more = [*places(tmp_path / "two", pictures), "--init_from", trained]
+    more = [*places(tmp_path / "two", image_folder), "--init_from", trained]
     said = two("--mode train", TINY, ONE_STEP, *more)
     alone, shared = gradient(tmp_path / "one"), gradient(tmp_path / "two")
     assert ((alone - shared).norm() / alone.norm()).item() < 1e-5 and alone.norm() > 1e-3
     rows = [metrics(tmp_path / name / "samples")[1][0] for name in ("one", "two")]
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
-    assert said.count("Wrote:") == said.count("plan  ") == 1, "only the first process tells"
+    assert said.count("Wrote:") == said.count("plan  ") == 1, "only the first process prints"
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-def test_a_run_goes_on_with_another_number_of_processes(train, two, pictures, tmp_path, before, after):
-    """And arrives where one process with two slices arrives."""
+def test_a_run_is_resumed_with_another_number_of_processes(
+    train, two, image_folder, tmp_path, before, after
+):
+    """And arrives where one process with two micro-batches arrives."""
 
-    def go(processes, more):
+    def train_on(processes, more):
         if processes == 1:
             assert train("--grad_accum 2", more, name="changed") == 0
         else:
             tiny = TINY if "--resume" not in more else ""
-            two("--mode train", *places(tmp_path / "changed", pictures), tiny, "--grad_accum 1", more)
+            two(
+                "--mode train",
+                *places(tmp_path / "changed", image_folder),
+                tiny,
+                "--grad_accum 1",
+                more,
+            )
 
     assert train("--grad_accum 2 --steps 3", name="one") == 0
     assert train("--resume --steps 6", name="one") == 0
-    go(before, "--steps 3")
-    go(after, "--resume --steps 6")
+    train_on(before, "--steps 3")
+    train_on(after, "--resume --steps 6")
     alone, shared = (last_step(tmp_path / name) for name in ("one", "changed"))
     assert alone["step"] == shared["step"] == 6
     for name, weight in alone["weights"].items():
         assert torch.allclose(weight, shared["weights"][name], atol=1e-5), name
 
 
-def test_one_process_of_a_machine_decodes_for_the_others(two, pictures, tmp_path):
-    """The others wait, then find the cache: none downloads into, or decodes beside, what is not there yet."""
+def test_one_process_of_a_machine_decodes_for_the_others(two, image_folder, tmp_path):
+    """The others wait, then find the cache: none downloads into, or decodes beside, what is not
+    there yet."""
     counting = tmp_path / "counting.py"
     counting.write_text(f"""import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -302,12 +329,15 @@ def slowly(*args):
 ddpm.decode = slowly
 raise SystemExit(ddpm.main(sys.argv[1:]))
 """)
-    two("--mode train", TINY, "--steps 1", *places(tmp_path / "two", pictures), file=counting)
-    assert len((tmp_path / "decoded_by_0").read_text()) == 24 and not (tmp_path / "decoded_by_1").exists()
+    two("--mode train", TINY, "--steps 1", *places(tmp_path / "two", image_folder), file=counting)
+    assert (
+        len((tmp_path / "decoded_by_0").read_text()) == 24
+        and not (tmp_path / "decoded_by_1").exists()
+    )
 
 
-def test_processes_that_lose_each_other_say_what_to_do(program, pictures, tmp_path):
-    """One of two leaves without a word: the other tells it in a sentence and fails, soon."""
+def test_processes_that_lose_each_other_say_what_to_do(program, image_folder, tmp_path):
+    """One of two leaves without a word: the other prints a sentence and fails, soon."""
     leaving = tmp_path / "leaving.py"
     leaving.write_text(f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -324,13 +354,13 @@ ddpm.Images.batch = batch
 raise SystemExit(ddpm.main(sys.argv[1:]))
 """)
     launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
-    more = places(tmp_path / "two", pictures)
+    more = places(tmp_path / "two", image_folder)
     result = program("--mode train", TINY, "--steps 9", *more, launcher=launcher, file=leaving)
     assert result.returncode != 0 and "--resume" in result.stderr
     assert re.search(r"^error: The processes lost each other \(", result.stderr, re.M)
 
 
-def test_gradients_meet_once_a_step_after_the_last_slice(two, pictures, tmp_path):
+def test_gradients_meet_once_a_step_after_the_last_micro_batch(two, image_folder, tmp_path):
     """Counted by DistributedDataParallel's own hook, which sees every exchange."""
     counting = tmp_path / "counting.py"
     counting.write_text(f"""import os, sys
@@ -354,32 +384,42 @@ if os.environ["RANK"] == "0":
     print("exchanges", sum(exchanges))
 sys.exit(code)
 """)
-    more = [TINY, "--steps 3 --batch_size 8 --grad_accum 4", *places(tmp_path / "run", pictures)]
+    more = [
+        TINY,
+        "--steps 3 --batch_size 8 --grad_accum 4",
+        *places(tmp_path / "run", image_folder),
+    ]
     assert "exchanges 3\n" in two("--mode train", *more, file=counting)
 
 
 @pytest.mark.parametrize("number", [5, 1])
-def test_two_processes_draw_what_one_draws(two, main, trained, tmp_path, number):
+def test_two_processes_sample_what_one_samples(two, main, trained, tmp_path, number):
     """Also where there is nothing to do for one of them."""
     flags = ["--mode sample --precision fp32 --device cpu --sampling_steps 3 --gif --individual"]
     more = ["--sample_batch_size 2 --num_samples", number, "--model_path", trained, "--samples_dir"]
     said = two(*flags, tmp_path / "each2", *more, tmp_path / "two")
     assert main(*flags, tmp_path / "each1", *more, tmp_path / "one") == 0
-    assert said.count("sampling  ") == said.count("Wrote:") == 1, "only the first process tells"
+    assert said.count("sampling  ") == said.count("Wrote:") == 1, "only the first process prints"
     each = [tree(tmp_path / name) for name in ("each1", "each2")]
     assert len(each[0]) == number and each[0] == each[1]
     names = [{*tree(tmp_path / name)} for name in ("one", "two")]
-    assert names[0] == names[1] and "generated_sample.png" in names[0] and "denoising.gif" in names[0]
-    one, other = (np.asarray(Image.open(tmp_path / n / "generated_sample.png")) for n in ("one", "two"))
+    assert (
+        names[0] == names[1] and "generated_sample.png" in names[0] and "denoising.gif" in names[0]
+    )
+    one, other = (
+        np.asarray(Image.open(tmp_path / n / "generated_sample.png")) for n in ("one", "two")
+    )
     assert np.array_equal(one, other)
 
 
-def test_two_processes_check_one_batch_and_tell_once(two, pictures, tmp_path):
-    said = two("--mode train --dry_run", TINY, *places(tmp_path / "run", pictures))
+def test_two_processes_check_one_batch_and_print_once(two, image_folder, tmp_path):
+    said = two("--mode train --dry_run", TINY, *places(tmp_path / "run", image_folder))
     assert said.count("dry run ") == 1 and not (tmp_path / "run" / "model.pt").exists()
 
 
-def test_accumulation_averages_the_gradients_of_its_slices(train, trained, tmp_path, monkeypatch):
+def test_accumulation_averages_the_gradients_of_its_micro_batches(
+    train, trained, tmp_path, monkeypatch
+):
     """Of the whole batch, computed here from what the loss was given."""
     real, given = ddpm.Diffusion.loss, []
 
@@ -405,12 +445,12 @@ def test_a_batch_that_does_not_divide_is_an_error(train, tmp_path, capsys, more)
     assert "multiple of" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
-# ---- what is drawn in each step
+# ---- what is random in each step
 
 
 @pytest.fixture
-def drawn(train, monkeypatch):
-    """drawn(*flags): every (x0, t, eps, y) that the training loss was given in a run."""
+def given_to_loss(train, monkeypatch):
+    """given_to_loss(*flags): every (x0, t, eps, y) that the training loss was given in a run."""
 
     def run(*flags):
         real, given = ddpm.Diffusion.loss, []
@@ -428,22 +468,22 @@ def drawn(train, monkeypatch):
     return run
 
 
-def test_every_timestep_is_drawn_both_ends_too(drawn):
-    _, t, _, _ = drawn("--timesteps 10 --steps 10 --batch_size 48")
+def test_every_timestep_is_trained_both_ends_too(given_to_loss):
+    _, t, _, _ = given_to_loss("--timesteps 10 --steps 10 --batch_size 48")
     counts = torch.bincount(t, minlength=10)
     assert len(counts) == 10 and counts.min() > 20 and counts.max() < 90, counts
 
 
-def test_labels_are_hidden_one_picture_at_a_time(drawn):
-    _, _, _, y = drawn("--label_dropout 0.5 --steps 10 --batch_size 48")
+def test_labels_are_hidden_one_image_at_a_time(given_to_loss):
+    _, _, _, y = given_to_loss("--label_dropout 0.5 --steps 10 --batch_size 48")
     hidden = (y == -1).reshape(10, 48).float().mean(1)
     assert 0.2 < hidden.min() and hidden.max() < 0.8, "one coin for a whole batch"
     assert hidden.mean().item() == pytest.approx(0.5, abs=0.1)
-    assert drawn("--label_dropout 0 --steps 2")[3].min() >= 0
+    assert given_to_loss("--label_dropout 0 --steps 2")[3].min() >= 0
 
 
-def test_noise_is_standard_and_new_in_every_slice_and_step(drawn):
-    x0, _, eps, _ = drawn("--steps 6 --batch_size 8 --grad_accum 2")
+def test_noise_is_standard_and_new_in_every_micro_batch_and_step(given_to_loss):
+    x0, _, eps, _ = given_to_loss("--steps 6 --batch_size 8 --grad_accum 2")
     assert len(eps.flatten(1).unique(dim=0)) == 48
     assert abs(eps.mean().item()) < 0.02 and abs(eps.std().item() - 1) < 0.02
     assert x0.min() >= -1 and x0.max() <= 1 and x0.min() < -0.5
@@ -453,29 +493,35 @@ def test_noise_is_standard_and_new_in_every_slice_and_step(drawn):
 
 
 def test_the_loss_falls(train, tmp_path):
-    """A network that says zero has the loss 1 in predicting eps, and so a new one begins."""
+    """A network that says zero has the loss 1 in predicting eps, and so does a new one."""
     assert train("--steps 120 --predict eps --lr 1e-2 --batch_size 12") == 0
     losses = [row["loss"] for row in metrics(tmp_path / "run" / "samples")[1]]
-    assert len(losses) == 120 and losses[0] == pytest.approx(1, abs=0.1) and np.mean(losses[-20:]) < 0.5
+    assert (
+        len(losses) == 120
+        and losses[0] == pytest.approx(1, abs=0.1)
+        and np.mean(losses[-20:]) < 0.5
+    )
 
 
-def test_epochs_are_passes_over_the_pictures(train, tmp_path):
+def test_an_epoch_is_as_many_steps_as_the_images_fill(train, tmp_path):
     assert train("--epochs 2.5 --log_every 1") == 0
     rows = metrics(tmp_path / "run" / "samples")[1]
     assert rows[-1]["step"] == 15 and rows[-1]["epoch"] == pytest.approx(2.5)
 
 
 def test_minutes_are_a_wall_clock_budget(train, tmp_path):
-    begun = time.monotonic()
+    start = time.monotonic()
     assert train("--minutes 0.05 --log_every 1") == 0
-    assert 2 < time.monotonic() - begun < 12
+    assert 2 < time.monotonic() - start < 12
     rows = metrics(tmp_path / "run" / "samples")[1]
     assert rows[-1]["step"] > 3 and rows[-1]["seconds"] < 4
     assert rows[0]["lr"] > 0.9e-3 and rows[-1]["lr"] < 0.2e-3, "the rate follows the clock"
 
 
-def test_progress_of_minutes_is_the_elapsed_fraction(pictures, tmp_path):
-    config = ddpm.preset("animals", minutes=10, data_path=str(pictures), download_dir=str(tmp_path))
+def test_progress_of_minutes_is_the_elapsed_fraction(image_folder, tmp_path):
+    config = ddpm.preset(
+        "animals", minutes=10, data_path=str(image_folder), download_dir=str(tmp_path)
+    )
     images = ddpm.load_images(config)
     model = ddpm.build_model(config, 3, [])
     state = ddpm.TrainState(config, model, images, ddpm.Runtime(torch.device("cpu"), "fp32", 0, 1))
@@ -513,15 +559,23 @@ def test_the_gradient_is_clipped_to_its_norm(train, trained, tmp_path):
 def test_the_files_that_a_run_writes(train, tmp_path, capsys):
     assert train("--steps 12 --sample_every 6 --save_every 6 --holdout 0.25") == 0
     run = tmp_path / "run"
-    expected = {"dataset_grid.png", "schedules.png", "forward_process.png", "loss_graph.png", "metrics.jsonl"}
+    expected = {
+        "dataset_grid.png",
+        "schedules.png",
+        "forward_process.png",
+        "loss_graph.png",
+        "metrics.jsonl",
+    }
     files = {p.name for p in (run / "samples").iterdir()}
-    drawn = files - expected
+    grids = files - expected
     assert expected <= files
     for kind in ("clean", "noisy", "pred", "compared", "generated"):
-        of_a_kind = [name for name in drawn if name.startswith(f"{kind}_epoch") and name.endswith(".png")]
-        assert len(of_a_kind) == 2, drawn
-        drawn -= set(of_a_kind)
-    assert not drawn
+        of_a_kind = [
+            name for name in grids if name.startswith(f"{kind}_epoch") and name.endswith(".png")
+        ]
+        assert len(of_a_kind) == 2, grids
+        grids -= set(of_a_kind)
+    assert not grids
     assert {str(p.relative_to(run)) for p in run.rglob("*.pt")} == {
         "model.pt",
         "model_steps/step_00000006.pt",
@@ -530,43 +584,61 @@ def test_the_files_that_a_run_writes(train, tmp_path, capsys):
     for file in (run / "samples").glob("*.png"):
         Image.open(file).load()
     said = capsys.readouterr().out.split("Wrote:")[1].split("\n")
-    written = {str(p) for p in run.rglob("*") if p.is_file() and "decoded" not in p.parts}  # but the cache
+    written = {
+        str(p) for p in run.rglob("*") if p.is_file() and "decoded" not in p.parts
+    }  # but the cache
     assert {line.strip() for line in said if line.strip()} == written
 
 
-def test_plots_are_real_pictures(main, pictures, tmp_path):
-    assert main("--mode train", TINY, "--data_path", pictures, "--steps 1 --timesteps 600") == 0
+def test_plots_are_real_images(main, image_folder, tmp_path):
+    assert main("--mode train", TINY, "--data_path", image_folder, "--steps 1 --timesteps 600") == 0
     for name in ("schedules", "forward_process", "loss_graph"):
-        picture = np.asarray(Image.open(tmp_path / "samples" / f"{name}.png").convert("L"))
-        assert min(picture.shape) > 60 and picture.std() > 5
+        image = np.asarray(Image.open(tmp_path / "samples" / f"{name}.png").convert("L"))
+        assert min(image.shape) > 60 and image.std() > 5
 
 
-def test_metrics_parse_and_begin_with_configuration_and_versions(train, tmp_path):
+def test_metrics_parse_and_start_with_configuration_and_versions(train, tmp_path):
     assert train("--steps 3 --sample_every 2 --holdout 0.25") == 0
     lines = (tmp_path / "run" / "samples" / "metrics.jsonl").read_text().splitlines()
     head, *rows = [
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for line in lines
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        for line in lines
     ]
-    assert head["config"]["channels"] == 8 and head["torch"] == torch.__version__ and head["torchvision"]
+    assert (
+        head["config"]["channels"] == 8
+        and head["torch"] == torch.__version__
+        and head["torchvision"]
+    )
     training = [row for row in rows if "loss" in row]
     assert [row["step"] for row in training] == [1, 2, 3]
     for row in training:
         assert {"lr", "grad_norm", "loss_quarters", "images_per_s", "memory_mb"} <= row.keys()
         known = [q for q in row["loss_quarters"] if q is not None]
         assert known and min(known) <= row["loss"] <= max(known) and row["grad_norm"] > 0
-    assert all(row["validation_loss"] > 0 for row in rows if "validation_loss" in row) and len(rows) == 5
+    assert (
+        all(row["validation_loss"] > 0 for row in rows if "validation_loss" in row)
+        and len(rows) == 5
+    )
 
 
 def test_the_validation_loss_is_measured_on_all_classes(tmp_path):
-    """Of many held-out pictures it takes 256, and files are sorted by class: not the first ones, then."""
+    """Of many validation images it takes 256, and files are sorted by class: not the first ones,
+    then."""
     for i in range(600):
         (tmp_path / "ab"[i // 300]).mkdir(exist_ok=True)
         Image.new("L", (8, 8), i % 256).save(tmp_path / "ab"[i // 300] / f"{i}.png")
     config = ddpm.preset(
-        "animals", data_path=str(tmp_path), image_size=8, holdout=0.9, num_samples=1, sampling_steps=1
+        "animals",
+        data_path=str(tmp_path),
+        image_size=8,
+        holdout=0.9,
+        num_samples=1,
+        sampling_steps=1,
     )
     images, seen = ddpm.load_images(config), []
-    model = ddpm.build_model(ddpm.override(config, channels=4, channel_mults=(1,)), 1, images.class_names)
+    model = ddpm.build_model(
+        ddpm.override(config, channels=4, channel_mults=(1,)), 1, images.class_names
+    )
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
     runtime = ddpm.Runtime(torch.device("cpu"), "fp32", 0, 1)
     ddpm.Previewer(config, images, ddpm.make_diffusion(config), runtime).make(model)
@@ -574,19 +646,25 @@ def test_the_validation_loss_is_measured_on_all_classes(tmp_path):
     assert len(labels) == 256 and 100 < (labels == 1).sum() < 156
 
 
-def test_a_recipe_without_classes_trains_and_samples_from_python(pictures, tmp_path):
+def test_a_recipe_without_classes_trains_and_samples_from_python(image_folder, tmp_path):
     """Nobody gave a guidance, so none may stand in the way."""
-    places = dict(data_path=str(pictures), model_path=f"{tmp_path}/m.pt", samples_dir=f"{tmp_path}/s")
-    small = dict(channels=8, attention="none", steps=1, batch_size=2, num_samples=2, sampling_steps=2)
+    places = dict(
+        data_path=str(image_folder), model_path=f"{tmp_path}/m.pt", samples_dir=f"{tmp_path}/s"
+    )
+    small = dict(
+        channels=8, attention="none", steps=1, batch_size=2, num_samples=2, sampling_steps=2
+    )
     config = ddpm.preset("cifar10", **places, **small)
     ddpm.train(config)
     assert ddpm.sample(config).shape == (2, 3, 32, 32)
 
 
-def test_a_flat_folder_trains_and_samples_from_python_with_the_default_recipe(pictures, tmp_path):
+def test_a_flat_folder_trains_and_samples_from_python_with_the_default_recipe(
+    image_folder, tmp_path
+):
     """Its guidance is for classes, which there are none of here."""
     config = ddpm.Config(
-        data_path=str(pictures / "disc"),
+        data_path=str(image_folder / "disc"),
         model_path=f"{tmp_path}/m.pt",
         samples_dir=f"{tmp_path}/s",
         image_size=16,
@@ -606,7 +684,7 @@ def test_a_network_of_another_shape_is_refused():
         d.loss(lambda x, t, y: x[:, :1], x0, t, x0)
 
 
-def test_the_grid_of_the_data_shows_the_training_pictures(train, tmp_path):
+def test_the_grid_of_the_data_shows_the_training_images(train, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(4):
@@ -627,7 +705,9 @@ def test_the_last_checkpoints_are_kept_and_no_others(train, tmp_path, keep, expe
 def test_the_checkpoint_that_was_resumed_from_is_kept(train, tmp_path):
     assert train("--steps 2") == 0
     steps = tmp_path / "run" / "model_steps"
-    assert train("--resume", steps / "step_00000002.pt", "--steps 8 --save_every 2 --keep_last 1") == 0
+    assert (
+        train("--resume", steps / "step_00000002.pt", "--steps 8 --save_every 2 --keep_last 1") == 0
+    )
     assert sorted(p.name for p in steps.iterdir()) == ["step_00000002.pt", "step_00000008.pt"]
 
 
@@ -636,7 +716,10 @@ def test_a_new_run_keeps_the_earlier_model(train, tmp_path, capsys):
     for seed in range(3):
         assert train("--steps 1 --seed", seed) == 0
         contents.append(
-            ((run / "model.pt").read_bytes(), (run / "model_steps" / "step_00000001.pt").read_bytes())
+            (
+                (run / "model.pt").read_bytes(),
+                (run / "model_steps" / "step_00000001.pt").read_bytes(),
+            )
         )
     assert "model.pt.previous" in capsys.readouterr().out
     kept = {p.read_bytes() for p in run.glob("model.pt*")}
@@ -689,7 +772,8 @@ def test_the_banner_says_what_the_run_costs(train, capsys):
     for pattern in (
         r"[\d,]+ parameters",
         r"device    cpu \(.+ threads\), fp32",
-        r"in and out \(4, 3, 16, 16\), from -[01]\.\d\d to [01]\.\d\d; loss [\d.]+; peak memory \d+ MB",
+        r"in and out \(4, 3, 16, 16\), from -[01]\.\d\d to [01]\.\d\d; loss [\d.]+; "
+        r"peak memory \d+ MB",
     ):
         assert re.search(pattern, said), pattern
 
@@ -712,9 +796,10 @@ def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path):
 
 
 def test_wandb_gets_the_numbers_and_the_grids(train, tmp_path, monkeypatch):
-    """As its documentation has it: init, then run.log(row, step=) with pictures as wandb.Image(path)."""
+    """As its documentation has it: init, then run.log(row, step=) with images as
+    wandb.Image(path)."""
     logged, wandb = [], types.ModuleType("wandb")
-    wandb.Image = lambda path: ("picture", Image.open(path).size)
+    wandb.Image = lambda path: ("image", Image.open(path).size)
     run = types.SimpleNamespace(log=lambda row, step: logged.append((step, row)))
     wandb.init = lambda project, dir, config: logged.append((project, config)) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -730,8 +815,12 @@ def test_wandb_gets_the_numbers_and_the_grids(train, tmp_path, monkeypatch):
     assert grids[0][1]["generated"][1][0] > 3 * 16
 
 
-@pytest.mark.parametrize("logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
-def test_a_tracker_that_is_not_installed_is_named(train, tmp_path, capsys, monkeypatch, logger, module):
+@pytest.mark.parametrize(
+    "logger, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
+)
+def test_a_tracker_that_is_not_installed_is_named(
+    train, tmp_path, capsys, monkeypatch, logger, module
+):
     monkeypatch.setitem(sys.modules, module, None)
     assert train("--steps 1 --logger", logger) == 1
     assert f"pip install {logger}" in capsys.readouterr().err
@@ -758,10 +847,11 @@ def test_no_step_leaves_its_graph_behind(train, monkeypatch):
     assert len(alive) == 24 and max(alive) <= 1
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that is told to")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
 def test_freed_memory_is_kept():
-    """In a process of its own: most blocks as large as one freed before fault in nothing. Not all: a small
-    object may have settled where the block was, and then a place is found for the next one."""
+    """In a process of its own: most blocks as large as one freed before fault in nothing. Not all:
+    a small object may have settled where the block was, and then a place is found for the next
+    one."""
     program = """
 import resource, statistics, torch, ddpm
 def faults():
@@ -789,7 +879,9 @@ def test_checkpoints_carry_plain_names_and_values(trained):
 @pytest.mark.parametrize("prefix", ("module.", "_orig_mod.", "module._orig_mod."))
 def test_names_from_wrapped_modules_are_understood(trained, tmp_path, prefix):
     saved = checkpoint(trained)
-    wrapped = saved | {kind: {prefix + k: v for k, v in saved[kind].items()} for kind in ("weights", "ema")}
+    wrapped = saved | {
+        kind: {prefix + k: v for k, v in saved[kind].items()} for kind in ("weights", "ema")
+    }
     torch.save(wrapped, tmp_path / "wrapped.pt")
     model, _, _ = ddpm.load_model(tmp_path / "wrapped.pt")
     assert not differences(dict(model.state_dict()), saved["ema"])
@@ -810,8 +902,8 @@ def test_init_from_loads_what_fits_and_names_the_rest(train, trained, tmp_path, 
     assert f"{len(fits)} of {len(new)}" in said and next(k for k in new if k not in fits) in said
 
 
-def test_init_from_other_classes_has_a_new_label_table(train, pictures, trained, tmp_path):
-    shutil.copytree(pictures, tmp_path / "mine")
+def test_init_from_other_classes_has_a_new_label_table(train, image_folder, trained, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "mine")
     (tmp_path / "mine" / "disc").rename(tmp_path / "mine" / "zebra")
     assert train("--steps 1 --lr 1e-9 --init_from", trained, data=tmp_path / "mine") == 0
     saved, new = checkpoint(trained)["ema"], checkpoint(tmp_path / "run" / "model.pt")["weights"]
@@ -822,9 +914,14 @@ def test_init_from_other_classes_has_a_new_label_table(train, pictures, trained,
 def test_init_from_what_fits_nowhere_is_an_error(train, trained, tmp_path, capsys):
     (tmp_path / "grey").mkdir()
     Image.new("L", (16, 16), 100).save(tmp_path / "grey" / "p.png")
-    assert train("--steps 1 --arch simple --channels 12 --init_from", trained, data=tmp_path / "grey") == 1
+    assert (
+        train("--steps 1 --arch simple --channels 12 --init_from", trained, data=tmp_path / "grey")
+        == 1
+    )
     assert "fits" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "samples").exists() and not list((tmp_path / "run").rglob("*.pt"))
+    assert not (tmp_path / "run" / "samples").exists() and not list(
+        (tmp_path / "run").rglob("*.pt")
+    )
 
 
 # ---- failures and stops
@@ -849,7 +946,11 @@ def test_a_loss_that_is_not_finite_stops_and_spoils_no_file(
     fail_from_step(monkeypatch, 4, value)
     assert train("--steps 9 --save_every 2 --log_every", log_every, "--sample_every 100") == 1
     said = capsys.readouterr().err
-    assert "error: Non-finite loss at step 3 (lr " in said and "step_00000002.pt" in said and "--lr" in said
+    assert (
+        "error: Non-finite loss at step 3 (lr " in said
+        and "step_00000002.pt" in said
+        and "--lr" in said
+    )
     assert [p.name for p in (tmp_path / "run" / "model_steps").iterdir()] == ["step_00000002.pt"]
     ddpm.load_model(tmp_path / "run" / "model.pt")
 
@@ -872,7 +973,7 @@ def test_a_signal_inside_a_step_saves_and_exits(train, tmp_path, monkeypatch, ca
     ddpm.load_model(tmp_path / "run" / "model.pt")
 
 
-def test_a_signal_while_pictures_are_drawn_saves_and_exits(train, tmp_path, monkeypatch):
+def test_a_signal_while_a_preview_is_sampled_saves_and_exits(train, tmp_path, monkeypatch):
     real = ddpm.generate
 
     def generate(*args, **kwargs):
@@ -881,7 +982,7 @@ def test_a_signal_while_pictures_are_drawn_saves_and_exits(train, tmp_path, monk
 
     monkeypatch.setattr(ddpm, "generate", generate)
     assert train("--steps 1000 --sample_every 3 --save_every 1000") == 143
-    assert last_step(tmp_path / "run")["step"] in (3, 4), "drawing is given up, and at most a step finished"
+    assert last_step(tmp_path / "run")["step"] in (3, 4), "at most one more step is done"
 
 
 def test_signal_handlers_are_put_back(train):
@@ -890,14 +991,16 @@ def test_signal_handlers_are_put_back(train):
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_sigterm_to_the_real_program_then_resume(program, pictures, tmp_path):
-    flags = words("--mode train", TINY, "--steps 100000 --data_path", pictures)
+def test_sigterm_to_the_real_program_then_resume(program, image_folder, tmp_path):
+    flags = words("--mode train", TINY, "--steps 100000 --data_path", image_folder)
     log = open(tmp_path / "log", "w+")
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "ddpm.py"), *flags], cwd=tmp_path, stdout=log, stderr=log
     )
-    rows, metrics_file, begun = 0, tmp_path / "samples" / "metrics.jsonl", time.monotonic()
-    while rows < 3 and time.monotonic() - begun < 120 and process.poll() is None:
+    rows = 0
+    metrics_file = tmp_path / "samples" / "metrics.jsonl"
+    start = time.monotonic()
+    while rows < 3 and time.monotonic() - start < 120 and process.poll() is None:
         time.sleep(0.1)
         rows = metrics_file.read_text().count('"loss"') if metrics_file.exists() else 0
     process.send_signal(signal.SIGTERM)
@@ -912,7 +1015,9 @@ def test_sigterm_to_the_real_program_then_resume(program, pictures, tmp_path):
 
 
 def last_step_of(folder):
-    return checkpoint(sorted(Path(folder, "saved_models", "denoise_model_steps").iterdir())[-1])["step"]
+    return checkpoint(sorted(Path(folder, "saved_models", "denoise_model_steps").iterdir())[-1])[
+        "step"
+    ]
 
 
 class Unpicklable:
@@ -931,7 +1036,9 @@ def test_a_write_that_fails_leaves_the_directory_as_it_was(tmp_path):
         assert tree(tmp_path) == before
 
 
-def test_a_full_disk_is_an_error_that_keeps_the_last_good_files(train, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_an_error_that_keeps_the_last_good_files(
+    train, tmp_path, monkeypatch, capsys
+):
     assert train("--steps 2 --save_every 1") == 0
     good, real = tree(tmp_path / "run" / "model_steps"), torch.save
 
@@ -988,13 +1095,13 @@ def test_a_truncated_checkpoint_is_refused(trained, tmp_path, size):
 @pytest.mark.parametrize(
     "change, said", [({"format": 999}, "999"), ({"config": {"new_thing": 1}}, "new_thing")]
 )
-def test_a_checkpoint_from_another_version_is_told(trained, tmp_path, change, said):
+def test_a_checkpoint_from_another_version_is_refused(trained, tmp_path, change, said):
     torch.save(checkpoint(trained) | change, tmp_path / "other.pt")
     with pytest.raises(ddpm.UserError, match=said):
         ddpm.load_model(tmp_path / "other.pt")
 
 
-def test_training_on_one_picture_and_without_classes(train, tmp_path, capsys):
+def test_training_on_one_image_and_without_classes(train, tmp_path, capsys):
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("L", (16, 16), 100).save(flat / "p.png")

@@ -1,10 +1,11 @@
-"""Kills training with SIGKILL again and again and resumes it: test_safety.py runs it as a program of its own.
+"""Kills training with SIGKILL again and again and resumes it: test_safety.py runs it as a program
+of its own.
 
-    python killer.py KILLS SEED FOLDER FLAG...      prints JSON: how many kills, where, and what became of it
+    python killer.py KILLS SEED FOLDER FLAG...    prints JSON: how many kills, where, what came of it
 
-It imports ddpm once and forks a process for every start of the command line, so that a start takes a fraction
-of a second. Half of the kills come from here at a random moment; the other half a process sends to itself at
-a named place inside a save."""
+It imports ddpm once and forks a process for every start of the command line, so that a start takes
+a fraction of a second. Half of the kills come from here at a random moment; the other half a
+process sends to itself at a named place inside a save."""
 
 import json
 import os
@@ -24,12 +25,15 @@ from PIL import Image
 
 import ddpm
 
-# Where in a save a process can kill itself: after so many bytes of the file, before fsync, before and after
-# the rename, between the step checkpoint and the model, and in the middle of the rotation.
+# Where in a save a process can kill itself: after so many bytes of the file, before fsync, before
+# and after the rename, between the step checkpoint and the model, and in the middle of the
+# rotation.
 PLACES = ("bytes", "fsync", "rename", "renamed", "model", "rotation")
 
 
-FLAGS = os.WEXITED | os.WNOHANG | os.WNOWAIT  # look whether a process has ended, and leave it as it is
+FLAGS = (
+    os.WEXITED | os.WNOHANG | os.WNOWAIT
+)  # look whether a process has ended, and leave it as it is
 
 
 def start(argv, log):
@@ -65,7 +69,9 @@ def arm(place, rng):
 
     def patched_replace(a, b):
         ours = str(b).endswith(".pt")
-        if ours and (place == "rename" and due() or place == "model" and "step_" not in str(b) and due()):
+        if ours and (
+            place == "rename" and due() or place == "model" and "step_" not in str(b) and due()
+        ):
             die()
         replace(a, b)
         if ours and place == "renamed" and due():
@@ -131,30 +137,40 @@ def same(a, b):
 
 def finish(argv, folder, log):
     """Run to the end; the last state, and the seconds that it took."""
-    begun = time.monotonic()
+    start_time = time.monotonic()
     _, status = os.waitpid(start(argv, log), 0)
     assert os.waitstatus_to_exitcode(status) == 0, Path(log).read_text()
-    return state(steps_of(folder)[max(steps_of(folder))]), time.monotonic() - begun
+    return state(steps_of(folder)[max(steps_of(folder))]), time.monotonic() - start_time
 
 
 def main(kills, seed, folder, flags):
     rng, folder = np.random.default_rng(seed), Path(folder)
-    Figure.savefig = lambda self, file, **_: Image.new("L", (1, 1)).save(file, "PNG")  # or plots take longest
+    Figure.savefig = lambda self, file, **_: Image.new("L", (1, 1)).save(
+        file, "PNG"
+    )  # or plots take longest
     torch.set_num_threads(1)
     log = str(folder / "log")
 
     def places(name):
-        return ["--model_path", f"{folder}/{name}/model.pt", "--samples_dir", f"{folder}/{name}/samples"]
+        return [
+            "--model_path",
+            f"{folder}/{name}/model.pt",
+            "--samples_dir",
+            f"{folder}/{name}/samples",
+        ]
 
     whole, seconds = finish(["--mode", "train", *flags, *places("whole")], folder / "whole", log)
-    run, told = folder / "run", dict(killed=0, finished=0, equal=0, halves=0, started=0, places={})
-    while told["killed"] < kills:
+    run, report = (
+        folder / "run",
+        dict(killed=0, finished=0, equal=0, halves=0, started=0, places={}),
+    )
+    while report["killed"] < kills:
         before = max(steps_of(run), default=0)
         argv = ["--mode", "train", *(["--resume"] if before else flags), *places("run")]
-        place = "moment" if told["killed"] % 2 else PLACES[told["killed"] // 2 % len(PLACES)]
-        told["started"], began = told["started"] + 1, time.monotonic()
+        place = "moment" if report["killed"] % 2 else PLACES[report["killed"] // 2 % len(PLACES)]
+        report["started"], start_time = report["started"] + 1, time.monotonic()
         if place == "moment":
-            until, pid = began + rng.uniform(0, seconds), start(argv, log)
+            until, pid = start_time + rng.uniform(0, seconds), start(argv, log)
             while time.monotonic() < until and not os.waitid(os.P_PID, pid, FLAGS):
                 time.sleep(0.002)
             os.kill(pid, signal.SIGKILL)  # of one that has ended it does nothing
@@ -165,26 +181,26 @@ def main(kills, seed, folder, flags):
             os.replace, os.fsync, Path.unlink, torch.save = kept
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert code in (-signal.SIGKILL, 0), Path(log).read_text()
-        told["halves"] += any(run.rglob(".*.pt.*.tmp"))
+        report["halves"] += any(run.rglob(".*.pt.*.tmp"))
         found = steps_of(run)  # raises for one that cannot be loaded
         assert max(found, default=0) >= before, "a step that was safe is gone"
         if (run / "model.pt").exists():
             ddpm.load_model(run / "model.pt")
         if code == 0:  # it came to its end first
-            seconds = min(seconds, time.monotonic() - began)
-            told["finished"] += 1
-            told["equal"] += same(state(found[max(found)]), whole)
+            seconds = min(seconds, time.monotonic() - start_time)
+            report["finished"] += 1
+            report["equal"] += same(state(found[max(found)]), whole)
             shutil.rmtree(run)
         else:
-            told["killed"] += 1
-            told["places"][place] = told["places"].get(place, 0) + 1
+            report["killed"] += 1
+            report["places"][place] = report["places"].get(place, 0) + 1
     last, _ = finish(
         ["--mode", "train", *(["--resume"] if steps_of(run) else flags), *places("run")], run, log
     )
-    told["finished"] += 1
-    told["equal"] += same(last, whole)
-    told["left"] = [str(p) for p in run.rglob("*.pt*.tmp")]
-    print(json.dumps(told))
+    report["finished"] += 1
+    report["equal"] += same(last, whole)
+    report["left"] = [str(p) for p in run.rglob("*.pt*.tmp")]
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""A GPU for machines without one: its tensors say that they are on cuda:0 and are computed with on the CPU.
+"""A GPU for machines without one: its tensors say that they are on cuda:0 and are computed with on
+the CPU.
 
-A tensor of the CPU among its own, or a generator of the CPU where it draws, is refused. What would make the
-CPU wait is counted, with the function of the program that asked: values that are looked at, shapes that
-depend on values, copies but those that need not be waited for (of which CUDA waits for some, if they are
-large). Autocast is that for CUDA, whose lists are not a CPU's. Random numbers are the CPU's, so that a run
-is the same as one on the CPU, but for the order of sums. Speed, kernels, streams and the memory that a step
-takes are beyond it.
+A tensor of the CPU among its own, or a generator of the CPU where it samples, is refused. What
+would make the CPU wait is counted, with the function of the program that asked: values that are
+looked at, shapes that depend on values, copies but those that need not be waited for (of which CUDA
+waits for some, if they are large). Autocast is that for CUDA, whose lists are not a CPU's. Random
+numbers are the CPU's, so that a run is the same as one on the CPU, but for the order of sums.
+Speed, kernels, streams and the memory that a step takes are beyond it.
 
     with pretend_gpu.there() as waits:
         ddpm.train(config)
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
-ASKING = {  # operations whose result the CPU has to know before it goes on
+ASKING = {  # operations whose result the CPU has to know before it continues
     "_local_scalar_dense": "item",
     "nonzero": "nonzero",
     "masked_select": "masked_select",
@@ -33,8 +34,8 @@ ASKING = {  # operations whose result the CPU has to know before it goes on
     "bincount": "bincount",
     "repeat_interleave": "repeat_interleave",
 }
-# What autocast computes in bf16 or fp16 on CUDA and what in fp32, of all that the programs call: "CUDA
-# Op-Specific Behavior" in PyTorch's documentation of torch.amp.
+# What autocast computes in bf16 or fp16 on CUDA and what in fp32, of all that the programs call:
+# "CUDA Op-Specific Behavior" in PyTorch's documentation of torch.amp.
 LOWER = """conv2d conv_transpose2d linear matmul __matmul__ mm bmm addmm baddbmm
     scaled_dot_product_attention""".split()
 FULL = """group_norm layer_norm softmax log_softmax sum prod norm exp log pow __pow__ acos rsqrt
@@ -43,8 +44,8 @@ waits = Counter()
 
 
 class OnGPU(torch.Tensor):
-    """A tensor on the GPU. held: its values, on the CPU. To PyTorch's inner parts it is on the device meta,
-    which they can handle without a driver."""
+    """A tensor on the GPU. held: its values, on the CPU. To PyTorch's inner parts it is on the
+    device meta, which they can handle without a driver."""
 
     device, is_cuda, is_meta = (property(lambda self, v=v: v) for v in (GPU, True, False))
 
@@ -98,10 +99,14 @@ def compute(func, args, kwargs):
         elif goes and others and not asynchronous:
             wait("to the GPU")
     elif ours:
-        indexing = name in ("index", "index_put_", "_index_put_impl_") and isinstance(args[0], OnGPU)
+        indexing = name in ("index", "index_put_", "_index_put_impl_") and isinstance(
+            args[0], OnGPU
+        )
         wrong = [tuple(t.shape) for t in others if t.dim()]
         if wrong and not indexing:
-            raise RuntimeError(f"{func}: tensors of shapes {wrong} are on the CPU, and others on {GPU}")
+            raise RuntimeError(
+                f"{func}: tensors of shapes {wrong} are on the CPU, and others on {GPU}"
+            )
         if indexing and others:
             wait("indices to the GPU")
         if indexing and any(t is not None and t.dtype == torch.bool for t in args[1]):
@@ -110,7 +115,13 @@ def compute(func, args, kwargs):
             wait(ASKING[name])
 
     def held(a):
-        return a.held if isinstance(a, OnGPU) else torch.device("cpu") if isinstance(a, torch.device) else a
+        return (
+            a.held
+            if isinstance(a, OnGPU)
+            else torch.device("cpu")
+            if isinstance(a, torch.device)
+            else a
+        )
 
     with _disable_current_modes():
         result = func(*tree_map(held, args), **tree_map(held, kwargs))
@@ -119,13 +130,16 @@ def compute(func, args, kwargs):
     known = {id(t.held): t for t in ours}  # an operation in place gives its own argument back
 
     def wrapped(a):
-        return a if not isinstance(a, torch.Tensor) else known[id(a)] if id(a) in known else OnGPU(a)
+        return (
+            a if not isinstance(a, torch.Tensor) else known[id(a)] if id(a) in known else OnGPU(a)
+        )
 
     return tree_map(wrapped, result)
 
 
 class Creating(TorchDispatchMode):
-    """Operations without a tensor of the GPU among their arguments, as torch.zeros(2, device=GPU)."""
+    """Operations without a tensor of the GPU among their arguments, as
+    torch.zeros(2, device=GPU)."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return compute(func, args, kwargs or {})
@@ -134,18 +148,26 @@ class Creating(TorchDispatchMode):
 class Autocasting(TorchFunctionMode):
     """Autocast for CUDA; PyTorch's own does not see that the tensors are there. Not in the backward
     pass, where
-    activations may be computed again."""
+    activations may be recomputed."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, to = kwargs or {}, None
         if torch.is_autocast_enabled("cuda"):
             lower = torch.get_autocast_dtype("cuda")
-            to = lower if func.__name__ in LOWER else torch.float32 if func.__name__ in FULL else None
+            to = (
+                lower
+                if func.__name__ in LOWER
+                else torch.float32
+                if func.__name__ in FULL
+                else None
+            )
 
         def cast(a):
             return a.to(to) if isinstance(a, OnGPU) and a.is_floating_point() else a
 
-        return func(*tree_map(cast, args), **tree_map(cast, kwargs)) if to else func(*args, **kwargs)
+        return (
+            func(*tree_map(cast, args), **tree_map(cast, kwargs)) if to else func(*args, **kwargs)
+        )
 
 
 @contextlib.contextmanager
@@ -173,14 +195,20 @@ def there():
 
     waits.clear()
     overwriting = torch.__future__.get_overwrite_module_params_on_conversion()
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to replaces parameters
+    torch.__future__.set_overwrite_module_params_on_conversion(
+        True
+    )  # Module.to replaces parameters
     with contextlib.ExitStack() as stack:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwriting)
         for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+            stack.enter_context(
+                mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+            )
         for kind in ("accelerator", "cuda"):  # the name depends on the version
             check = f"_{kind}_graph_capture_health_check"
-            stack.enter_context(mock.patch.object(torch.optim.Optimizer, check, lambda _: None, create=True))
+            stack.enter_context(
+                mock.patch.object(torch.optim.Optimizer, check, lambda _: None, create=True)
+            )
         stack.enter_context(mock.patch.object(torch, "tensor", on_device))
         stack.enter_context(Creating())
         stack.enter_context(Autocasting())
