@@ -315,7 +315,7 @@ def test_a_signal_while_sampling(trained, tmp_path, what, code):
 
 @pytest.mark.parametrize("what, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_a_preview_is_sampled(train, tmp_path, monkeypatch, what, code):
-    """Sampling is given up after the step it is at, the state is saved, and the run can be
+    """The preview is finished, the state is saved after at most one more step, and the run can be
     resumed."""
     real, sampled = ddpm.generate, []
 
@@ -329,7 +329,8 @@ def test_a_signal_while_a_preview_is_sampled(train, tmp_path, monkeypatch, what,
     with monkeypatch.context() as patch:
         patch.setattr(ddpm, "generate", generate)
         assert train("--steps 9 --save_every 100 --sample_every 3 --sampling_steps 40") == code
-    assert sampled == [0, 1, 2] and steps(tmp_path / "run") in ([3], [4])
+    assert sampled == list(range(40)) and steps(tmp_path / "run") in ([3], [3, 4])
+    assert len(list((tmp_path / "run" / "samples").glob("generated_epoch*.png"))) == 1
     assert train("--resume") == 0 and steps(tmp_path / "run")[-1] == 9
 
 
