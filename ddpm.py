@@ -15,6 +15,8 @@ their commands. Each chapter starts with a ruler line. Papers, cited below by na
     Salimans & Ho 2022, Progressive distillation (v-prediction)          arXiv:2202.00512
     Lu et al. 2022, DPM-Solver++                                         arXiv:2211.01095
     Hang et al. 2023, Efficient diffusion training via min-SNR           arXiv:2303.09556
+    Jordan 2024, Muon: an optimizer for hidden layers                    kellerjordan.github.io
+    Liu et al. 2025, Muon is scalable for LLM training                   arXiv:2502.16982
 """
 
 import argparse
@@ -72,7 +74,7 @@ RESUME = ("resume",)
 SAMPLE = ("sample",)
 BOTH = ("resume", "sample")
 
-def flag(default, meaning, low=None, high=math.inf, choices=None, group=None, change_on=(),
+def flag(default, meaning, low=None, high=None, choices=None, group=None, change_on=(),
          stored=True):
     """A setting. choices: separated by blanks. group: the heading in --help that it begins.
     change_on: see above. stored: False if the value in a checkpoint is never used."""
@@ -103,7 +105,7 @@ class Config:
     beta_end: float | None = flag(None, "last beta (default: 0.02 * 1000 / T)", 1e-8, 0.999)
     predict: str = flag("x0", "what the network predicts", choices="eps x0 v")
     loss: str = flag("l2", "loss between prediction and target", choices="l2 l1 huber")
-    min_snr: float = flag(0.0, "gamma of min-SNR loss weighting; 5 is usual, 0 is off", 0, 1e6)
+    min_snr: float = flag(0.0, "g of the loss weight 1 + min(snr, g) on x0; 0 is off", 0, 1e6)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
     channels: int = flag(24, "channels of the first stage (unet, simple)", 4, 4096)
     channel_mults: tuple[int, ...] = flag(
@@ -125,7 +127,7 @@ class Config:
     batch_size: int = flag(16, "images per optimiser step, over all processes", 1, 10**6)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change_on=RESUME)
     lr: float = flag(1e-3, "learning rate after warm-up", 1e-9, 10)
-    optimizer: str = flag("adamw", "optimiser", choices="adam adamw")
+    optimizer: str = flag("adamw", "optimiser", choices="adam adamw muon")
     weight_decay: float = flag(0.0, "weight decay, decoupled with adamw", 0, 10)
     lr_schedule: str = flag("cosine", "learning rate after warm-up", choices="constant cosine")
     warmup_steps: int = flag(100, "steps over which the learning rate rises from 0", 0, 10**9)
@@ -185,10 +187,11 @@ def changeable(command):
     return {name for name, field in FIELDS.items() if command in field.metadata["change_on"]}
 
 # Settings that several recipes share; each recipe is Config's defaults changed by its entry.
+# PLAIN: Ho et al. 2020, made small. LITERAL: with betas that do not depend on T.
 FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128,
                num_samples=50)
 PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False,
-             guidance=1.0, optimizer="adam", sampling_steps=50)  # Ho et al. 2020, made small
+             guidance=1.0, optimizer="adam", sampling_steps=50)
 LITERAL = PLAIN | dict(
     beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = LITERAL | dict(
@@ -228,7 +231,7 @@ def override(config, **given):
     require(len(lengths) < 2,
             f"--{' and --'.join(lengths)} both set the length of training: give one.")
     if lengths:
-        given = dict.fromkeys(LENGTHS) | given
+        given = dict(steps=None, epochs=None, minutes=None) | given
     return dataclasses.replace(config, **given)
 
 def preset(name, **overrides):
@@ -236,7 +239,7 @@ def preset(name, **overrides):
     require(name in PRESETS, f"There is no preset {name!r}: choose from {', '.join(PRESETS)}.")
     config = override(Config(preset=name), **PRESETS[name])
     if overrides.get("schedule", config.schedule) != config.schedule:
-        config = override(config, beta_start=None, beta_end=None)  # of the recipe's schedule
+        config = override(config, beta_start=None, beta_end=None)  # they suit its own schedule
     return override(config, **overrides)
 
 def check(config):
@@ -267,11 +270,10 @@ def check_value(name, value, field):
         values = value
     low, high = field.metadata["low"], field.metadata["high"]
     for v in values:
-        is_path = type(v) is not str or "\0" not in v  # no file name holds a zero byte
-        require(type(v) in types and is_path, wrong_type)
+        has_zero_byte = type(v) is str and "\0" in v  # which no file name may have
+        require(type(v) in types and not has_zero_byte, wrong_type)
         if low is not None and v is not None:
-            require(low <= v <= high and v != math.inf,
-                    f"--{name} {v} is out of range: give {low} to {high}.")
+            require(low <= v <= high, f"--{name} {v} is out of range: give {low} to {high}.")
 
 def check_diffusion(config):
     T, start, end = config.timesteps, config.beta_start, config.beta_end
@@ -296,7 +298,7 @@ def check_sampling(config):
 
 def check_network(config):
     require(config.channel_mults, "--channel_mults is empty: give a number per stage, as in 1 2 2.")
-    size = network_size(config.image_size)
+    size = padded_size(config.image_size)
     stride = total_stride(config)
     multiples = [n * stride for n in (size // stride, size // stride + 1) if n > 0]
     require(size % stride == 0, f"--image_size {config.image_size} must be divisible by {stride}: "
@@ -311,7 +313,7 @@ def check_network(config):
         require(set(config.attention_at) <= set(sides), f"--attention_at {wanted}: the stages have "
                 f"sides {' '.join(map(str, sides))}; choose among them, or --attention none.")
 
-def network_size(image_size):
+def padded_size(image_size):
     """Side of the images in the network: MNIST's 28 cannot be halved often and gets a border."""
     return 32 if image_size == 28 else image_size
 
@@ -323,7 +325,7 @@ def total_stride(config):
 
 def stage_sides(config):
     """Sides of the feature maps in the stages of a UNet."""
-    first = network_size(config.image_size) // config.patch
+    first = padded_size(config.image_size) // config.patch
     return [first >> stage for stage in range(len(config.channel_mults))]
 
 # ---------------------------------------------------------------------------------- noise schedules
@@ -347,9 +349,9 @@ def make_betas(kind, T, start=None, end=None):
     elif kind == "sigmoid":  # an S from start to end, as in GeoDiff (arXiv:2203.02923)
         betas = start + (end - start) * torch.sigmoid(12 * ramp - 6)
     elif kind == "cosine":  # Nichol & Dhariwal 2021, eq. 17, with s = 0.008
-        time = torch.arange(T + 1, dtype=torch.float64) / T
-        abar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = 1 - abar[1:] / abar[:-1]
+        t = torch.arange(T + 1, dtype=torch.float64)
+        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2  # f(0), f(1), ..., f(T)
+        betas = 1 - f[1:] / f[:-1]  # abar is f / f(0), and f(0) cancels
     else:
         raise UserError(f"There is no schedule {kind!r}: see the choices of --schedule.")
     return betas.clamp(max=0.999)
@@ -361,21 +363,23 @@ class Diffusion:
     abar[t]: the paper's alpha-bar (alphas_cumprod elsewhere), float64; abar[-1] = 1 is clean data.
     A reverse step goes from level t to a lower level u, which is -1, clean data, at the end.
     predict: what the network outputs, the noise eps, the clean image x0 (x_start elsewhere), or v.
-    loss: l2, l1 or huber. min_snr: gamma of Hang et al. 2023, 0 for no weighting."""
+    loss: l2, l1 or huber. min_snr: the cap in the weight of the loss, 0 for no weight."""
     def __init__(self, betas, predict="eps", loss="l2", min_snr=0.0, device="cpu"):
         self.T = len(betas)
         self.predict = predict
         self.loss_fn = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss]
-        abar = torch.cumprod(1 - betas.double().cpu(), 0)  # (T,)
-        self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # (T + 1,)
-        self.abar_T = abar[-1].item()  # what is left of an image at the last timestep
+        abar = torch.cumprod(1 - betas.double().cpu(), 0)  # (T,): its [-1] is the last timestep
+        self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # (T + 1,): [-1] is 1
+        self.abar_T = abar[self.T - 1].item()  # what is left of an image at the last timestep
         weight = torch.ones_like(abar)
-        if min_snr:  # Hang et al. 2023, section 3.4: the error of x0 is weighted min(snr, gamma)
+        if min_snr:
+            # The error of x0 is weighted as in Salimans & Ho 2022 (1 + snr, section 4), with a cap
+            # as in Hang et al. 2023, or large t would hardly count.
             snr = abar / (1 - abar)
-            # A squared error of x0 is this many times as large as an error of eps or v.
+            # The squared error of the output, in units of that of the x0 it stands for.
             error_ratio = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
-            weight = snr.clamp(max=min_snr) / error_ratio
-        # What is looked up by a tensor of t: (T,) float32, on the device.
+            weight = (1 + snr.clamp(max=min_snr)) / error_ratio
+        # sqrt(abar_t) and sqrt(1 - abar_t), for a tensor of t: (T,) float32, on the device.
         self.a = abar.sqrt().float().to(device)
         self.s = (1 - abar).sqrt().float().to(device)
         self.weight = weight.float().to(device)
@@ -399,7 +403,8 @@ class Diffusion:
         return out
 
     def loss(self, model, x0, t, eps, y=None):
-        """Loss per image, (N,) float32 (Ho et al. 2020, eq. 14, for l2, eps and no weight)."""
+        """Loss per image, (N,) float32: with l2, eps and no weight Ho et al. 2020, eq. 14. y: the
+        labels, as networks take them."""
         a, s = self.scales(t)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.predict]
         out = model(self.q_sample(x0, t, eps), t, y).float()  # (N, C, H, W)
@@ -408,21 +413,22 @@ class Diffusion:
         return self.weight[t] * self.loss_fn(out, target, reduction="none").mean(dim=(1, 2, 3))
 
     def forward_std(self, t, u):
-        """Std of the noise that q adds between the levels u < t: "fixed-large" as that of a reverse
-        step from t to u (Ho et al. 2020, section 3.2)."""
+        """Std of q(x_t | x_u), sqrt(beta_t) if u = t - 1: the larger sigma of Ho et al. 2020,
+        section 3.2 (sigma-hat of Song et al. 2021, section 5). t > u: ints, here and below."""
         return math.sqrt(1 - self.abar[t].item() / self.abar[u].item())
 
     def posterior_std(self, t, u):
-        """Std of q(x_u | x_t, x_0): "fixed-small" (Ho et al. 2020, eq. 7)."""
+        """Std of q(x_u | x_t, x_0), the smaller sigma: Song et al. 2021, eq. 16, at eta = 1."""
         noise_ratio = (1 - self.abar[u].item()) / (1 - self.abar[t].item())
         return math.sqrt(noise_ratio) * self.forward_std(t, u)
 
     def posterior(self, xt, x0, t, u, eta=1.0):
-        """Mean (N, C, H, W) and std of x_u given x_t and x_0 (Song et al. 2021, eq. 7)."""
+        """Mean (N, C, H, W) and std of x_u given x_t and x_0 (Song et al. 2021, eq. 7, where alpha
+        is our abar). At eta = 1 and u = t - 1 they are those of Ho et al. 2020, eq. 7."""
         abar_t = self.abar[t].item()
         abar_u = self.abar[u].item()
-        std = eta * self.posterior_std(t, u)  # at eta = 1 Ho et al. 2020, eq. 7
-        eps = (xt - math.sqrt(abar_t) * x0) / math.sqrt(1 - abar_t)
+        std = eta * self.posterior_std(t, u)
+        eps = (xt - math.sqrt(abar_t) * x0) / math.sqrt(1 - abar_t)  # the noise that x0 implies
         mean = math.sqrt(abar_u) * x0 + math.sqrt(max(1 - abar_u - std**2, 0)) * eps
         return mean, std
 
@@ -441,12 +447,12 @@ def make_diffusion(config, device="cpu"):
 # a model only as denoise(x, t) -> x0. noise() is fresh Gaussian noise of x's shape.
 
 def ddpm(diffusion, denoise, x, ts, noise, eta=0.0):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2). eta is ignored."""
+    """Ho et al. 2020, algorithm 2: its line 4 is eq. 7 at the predicted x0. eta is ignored."""
     every_timestep = all(t - u == 1 for t, u in pairwise(ts))
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
         mean, std = diffusion.posterior(x, x0, t, u)
-        if every_timestep:  # fixed-large is better on all T steps, fixed-small on fewer
+        if every_timestep:  # the larger sigma, better on all T steps only (Song et al., table 1)
             std = diffusion.forward_std(t, u)
         x = mean + std * noise() if u >= 0 else mean  # the last step adds no noise
         yield t, x, x0
@@ -469,8 +475,8 @@ def dpmpp(diffusion, denoise, x, ts, noise, eta=0.0):
         if u < 0:  # the log-SNR of clean data is infinite; the limit of the step is x0
             x = x0
         else:
-            h = math.log(a[u] / s[u]) - math.log(a[t] / s[t])
-            D = x0 if last_x0 is None else x0 + (x0 - last_x0) * (h / last_h / 2)
+            h = math.log(a[u] / s[u]) - math.log(a[t] / s[t])  # lambda_u - lambda_t
+            D = x0 if last_x0 is None else x0 + (x0 - last_x0) * (h / last_h / 2)  # r = last_h / h
             x = s[u] / s[t] * x - a[u] * math.expm1(-h) * D
             last_x0, last_h = x0, h
         yield t, x, x0
@@ -478,7 +484,7 @@ def dpmpp(diffusion, denoise, x, ts, noise, eta=0.0):
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp}
 
 def spaced_timesteps(T, n):
-    """n timesteps with trailing spacing, from T-1 down, and a last -1: n + 1 integers."""
+    """n evenly spaced timesteps from T-1 down and a last -1: n + 1 integers (trailing spacing)."""
     require(1 <= n <= T,
             f"{n} sampling steps: give 1 to {T}, the number of timesteps of the model.")
     return np.round(np.linspace(T - 1, -1, n + 1)).astype(int).tolist()
@@ -525,7 +531,7 @@ def derive_seed(*numbers):
 # All are called as net(x, t, y): x (N, C, H, W), t (N,), y (N,) labels, -1 for none, or None.
 
 def autocast(device, precision):
-    """The context that networks run in: bf16 or fp16 where that is safe, or float32."""
+    """The context that networks run in: PyTorch picks bf16 or fp16 per operation; or float32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
@@ -564,11 +570,12 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, HW, C)
         q, k, v = self.qkv(tokens).chunk(3, dim=2)        # (N, HW, C) each
         if self.kind == "linear":
-            mixed = (q.softmax(2) * c**-0.5) @ (k.softmax(1).transpose(1, 2) @ v)
+            context = k.softmax(1).transpose(1, 2) @ v  # over the pixels: (N, C, C)
+            mixed = (q.softmax(2) * c**-0.5) @ context  # over the channels: (N, HW, C)
         elif x.is_cuda:
             mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         else:  # the same; three times as fast on a CPU, forward and backward
-            mixed = (q * c**-0.5 @ k.transpose(1, 2)).softmax(2) @ v
+            mixed = ((q * c**-0.5) @ k.transpose(1, 2)).softmax(2) @ v
         return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
 
 class ResBlock(nn.Module):
@@ -620,19 +627,20 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        # Between the pixels of the upsampled map a 3x3 weight meets one input pixel or its
-        # neighbour: shifted by one and added in each direction, they are the 4x4 kernel.
+        # Equals self.conv(F.interpolate(x, scale_factor=2.0)). There each input pixel is a 2x2
+        # square: summing the 3x3 kernel at the four places of the square gives a 4x4 kernel.
         kernel = self.conv.weight                                           # (C, C, 3, 3)
         kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # (C, C, 4, 3)
         kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))              # (C, C, 4, 4)
-        transposed = kernel.flip(2, 3).transpose(0, 1)
+        transposed = kernel.flip(2, 3).transpose(0, 1)  # as conv_transpose2d lays it out
         return F.conv_transpose2d(x, transposed, self.conv.bias, stride=2, padding=1)
 
 class UNet(nn.Module):
     """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. attention: "full",
-    "linear" or "none". attention_stages: the stages that have it, from 0, the largest; unless it is
-    "none" the middle has full attention. num_classes: 0 for none. patch: side of the squares that
-    become channels (pixel unshuffle). Sides of images: multiples of patch * 2^(stages - 1)."""
+    "linear" or "none". attention_stages: the stages that have it, from 0, the largest. The middle
+    has full attention, unless attention is "none". num_classes: 0 for none. patch: side of the
+    squares that become channels (pixel unshuffle). Sides of images: multiples of
+    patch * 2^(stages - 1)."""
     def __init__(self, image_channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
                  res_blocks=2, attention="full", attention_stages=(1,), dropout=0.0, num_classes=0,
                  patch=1):
@@ -650,21 +658,22 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         channels = base_channels
-        skips = [channels]  # channels of the feature maps that the decoder path concatenates
+        skip_widths = [channels]  # channels of what `forward` puts into skips
         for i, width in stages:
             if i > 0:
                 self.down.append(Downsample(channels))
-                skips.append(channels)
+                skip_widths.append(channels)
             for _ in range(res_blocks):
                 self.down.append(ResAttention(channels, width, *block_args, kinds[i]))
                 channels = width
-                skips.append(channels)
+                skip_widths.append(channels)
         middle_kind = "none" if attention == "none" else "full"
         self.middle = ResAttention(channels, channels, *block_args, middle_kind)
         self.middle2 = ResBlock(channels, channels, *block_args)
         for i, width in reversed(stages):
             for _ in range(res_blocks + 1):
-                self.up.append(ResAttention(channels + skips.pop(), width, *block_args, kinds[i]))
+                in_channels = channels + skip_widths.pop()
+                self.up.append(ResAttention(in_channels, width, *block_args, kinds[i]))
                 channels = width
             if i > 0:
                 self.up.append(Upsample(channels))
@@ -709,11 +718,12 @@ def zero(layer):
     return layer
 
 def init_weights(network):
-    """The paper's: Xavier, but for the layers of `zero`. PyTorch's is smaller and learns slower."""
+    """Xavier, as in the paper's code, but for the layers of `zero`. PyTorch's own is smaller and
+    learns slower."""
     qkv_layers = {module.qkv for module in network.modules() if isinstance(module, Attention)}
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not hasattr(layer, "starts_at_zero"):
-            gain = 2**0.5 if layer in qkv_layers else 1  # three layers in one matrix
+            gain = 2**0.5 if layer in qkv_layers else 1  # as if q, k and v were three layers
             nn.init.xavier_uniform_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
 
@@ -822,7 +832,7 @@ def build_model(config, image_channels, class_names):
                      config.attention, attention_stages, config.dropout, num_classes, config.patch)
         model.checkpointing = config.checkpointing
     model.image_channels = image_channels
-    model.image_size = network_size(config.image_size)  # with the border
+    model.image_size = padded_size(config.image_size)  # with the border
     model.class_names = list(class_names)
     return model
 
@@ -864,18 +874,18 @@ def to_8_bits(image):
     return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
 
 def decode(image, size, channels):
-    """A PIL image's central square: (channels, side, side) uint8, with side = `network_size`."""
+    """A PIL image's central square: (channels, side, side) uint8, with side = `padded_size`."""
     image.draft(None, (2 * size, 2 * size))  # a JPEG need not be decoded at full size
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":
         image = to_8_bits(image)
-    if "A" in image.mode.upper() or "transparency" in image.info:
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (size, size), Image.BICUBIC)
     pixels = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
-    border = (network_size(size) - size) // 2
+    border = (padded_size(size) - size) // 2
     return np.pad(pixels, ((0, 0), (border, border), (border, border)), mode="edge")
 
 def load_image(path, size, channels):
@@ -924,11 +934,11 @@ def folder_source(root):
     labels = np.array([number[p[0]] if len(p) > 1 else -1 for p in parts])
     names = ["/".join(p) for p in parts]
     stats = [file.stat() if file.is_file() else None for file in files]
-    versions = [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+    versions = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
     key = [str(root.resolve()), *zip(names, versions)]
 
     def open_file(i):
-        require(stats[i], "a link to nowhere, or no file")  # waiting for a pipe would be for ever
+        require(stats[i], "a link to nowhere, or no file")  # opening a pipe blocks
         return open_image(files[i])
 
     return ImageSource(names, labels, class_names, key, open_file)
@@ -964,11 +974,11 @@ def torchvision_source(name, root):
 
 def load_images(config, device="cpu"):
     """The images of a Config, decoded, as `Images`. UserError for none, or too many bad ones."""
-    with main_process_first():  # it downloads and decodes for its machine
+    with local_main_process_first():  # it downloads and decodes for its machine
         source = open_source(config)
         chosen = choose_images(config, len(source.names))
-        decoded = decode_cached(config, source, chosen)
-    return Images(source, chosen, *decoded, config, device)
+        pixels, unreadable = decode_cached(config, source, chosen)
+    return Images(source, chosen, pixels, unreadable, config, device)
 
 def open_source(config):
     """The ImageSource of --data_path."""
@@ -980,7 +990,7 @@ def open_source(config):
     return folder_source(folder)
 
 def choose_images(config, n):
-    """The numbers of --max_images of n images, or of all: sorted."""
+    """Indices of the images to use, sorted: all n, or a random --max_images of them."""
     chosen = np.arange(n)
     if config.max_images and config.max_images < n:
         rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
@@ -992,9 +1002,10 @@ def decode_cached(config, source, chosen):
     key = json.dumps([DECODER_VERSION, config.image_size, source.key, chosen.tolist()])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     cache = Path(config.download_dir, "decoded", f"{digest}.npy")
-    if read_cache(cache) is None:
-        decode_all(source, chosen, config.image_size, cache)
     decoded = read_cache(cache)
+    if decoded is None:
+        decode_all(source, chosen, config.image_size, cache)
+        decoded = read_cache(cache)
     require(decoded, f"{cache} cannot be read back: give another --download_dir.")
     return decoded
 
@@ -1002,7 +1013,7 @@ def read_cache(path):
     """What `decode_all` wrote: pixels (N, C, H, W) uint8 and {row: error}; or None."""
     try:
         unreadable = json.loads(path.with_suffix(".json").read_text())
-        pixels = np.load(path, mmap_mode="c")
+        pixels = np.load(path, mmap_mode="c")  # writable, as torch.from_numpy wants it
     except (OSError, ValueError, EOFError):
         return None
     return pixels, {int(row): error for row, error in unreadable.items()}
@@ -1015,15 +1026,11 @@ def decode_all(source, chosen, size, path):
 
     def find_colour(row):
         with contextlib.closing(source.open(chosen[row])) as image:
-            coloured[row] = image.mode[0] not in "1LIF"
+            coloured[row] = image.mode[0] not in "1LIF"  # PIL's modes of grey images begin so
 
-    def decode_row(row):
-        with contextlib.closing(source.open(chosen[row])) as image:
-            pixels[row] = decode(image, size, channels)
-
-    for_each_row(find_colour, rows, "opening")
+    for_each_row(find_colour, rows, "opening")  # its errors come again in decoding
     channels = 3 if coloured.any() else 1
-    side = network_size(size)
+    side = padded_size(size)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -1032,6 +1039,11 @@ def decode_all(source, chosen, size, path):
         if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process later
             with open(partial, "r+b") as f:
                 os.posix_fallocate(f.fileno(), 0, partial.stat().st_size)
+
+        def decode_row(row):
+            with contextlib.closing(source.open(chosen[row])) as image:
+                pixels[row] = decode(image, size, channels)
+
         errors = for_each_row(decode_row, rows, "decoding")
         pixels.flush()
         atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(errors).encode()))
@@ -1051,8 +1063,9 @@ def for_each_row(work, rows, description):
     return errors
 
 class Images:
-    """Decoded images. pixels: (N, C, H, W) uint8, on the GPU if it has room. labels: (N,) int64, -1
-    for none. class_names: those that are learned, of all_class_names. train, validation: rows."""
+    """Decoded images, row i image chosen[i] of the source. pixels: (N, C, H, W) uint8, on the GPU
+    if it has room. labels: (N,) int64, -1 for none. train, validation: rows. class_names: those of
+    the labels that the network learns, all_class_names or none."""
     def __init__(self, source, chosen, pixels, unreadable, config, device):
         report_unreadable([source.names[i] for i in chosen], unreadable)
         self.train, self.validation = split_rows(len(chosen), unreadable, config)
@@ -1068,7 +1081,6 @@ class Images:
             if pixels.nbytes < free_bytes // 3:
                 self.pixels = self.pixels.to(device)
         self.channels = pixels.shape[1]
-        self.image_size = config.image_size  # without the border
         self.seed = config.seed
         self.hflip = config.hflip
         self.last_order = (None, None)  # (epoch, rows)
@@ -1094,7 +1106,7 @@ class Images:
         for flips, torch's generator. Epochs follow each other without a gap."""
         n = batch_size // num_micro_batches
         positions = step * batch_size + micro_batch * n + np.arange(n)  # since training started
-        epochs, places = np.divmod(positions, len(self.train))
+        epochs, places = np.divmod(positions, len(self.train))  # which epoch, and where in it
         rows = np.concatenate(
             [self.order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
         x0, y = self.take(rows, device)
@@ -1127,8 +1139,58 @@ def split_rows(n, unreadable, config):
 # -------------------------------------------------------------------------------- optimiser and EMA
 
 def make_optimizer(config, model, device):
+    options = dict(lr=config.lr, weight_decay=config.weight_decay, fused=device.type != "mps")
+    if config.optimizer == "muon":
+        return Muon(model, **options)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
-    return kind(model.parameters(), weight_decay=config.weight_decay, fused=device.type != "mps")
+    return kind(model.parameters(), **options)
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan 2024) for the matrices and convolutions of hidden layers, AdamW for the rest. A
+    weight, as a matrix (out, in * kh * kw), moves by its momentum made orthogonal; q, k and v are
+    three matrices. The update is as large as one of Adam's, so that one learning rate serves both
+    (Liu et al. 2025, section 2.2)."""
+    def __init__(self, model, **options):
+        super().__init__(model.parameters(), **options)
+        self._step_supports_amp_scaling = False  # have GradScaler skip a step that is not finite
+        outer = ("embed.", "conv_in.", "conv_out.")
+        self.hidden = []  # (weight, number of matrices in it)
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and not name.startswith(outer):
+                self.hidden.append((weight, 3 if name.endswith("qkv.weight") else 1))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        options = self.param_groups[0]
+        for weight, parts in self.hidden:
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.tensor(0.0)  # unused; loading asks for one in every state
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].lerp_(weight.grad, 0.05)
+            update = weight.grad.lerp(state["momentum"], 0.95)  # Nesterov momentum
+            matrices = update.reshape(parts, len(weight) // parts, -1)  # (parts, rows, columns)
+            size = 0.2 * max(matrices.shape[1:]) ** 0.5
+            update = orthogonalize(matrices).reshape(weight.shape)
+            weight.mul_(1 - options["lr"] * options["weight_decay"])
+            weight.sub_(update, alpha=options["lr"] * size)
+            weight.grad = None  # AdamW leaves it alone
+        super().step(closure)
+
+def orthogonalize(g):
+    """Matrices (k, m, n) with their singular values brought to about 1 by five Newton-Schulz steps
+    (Jordan 2024), taken on the smaller of g g' and g' g, which the polynomials have in common."""
+    if g.shape[1] > g.shape[2]:
+        return orthogonalize(g.mT).mT
+    g = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = g @ g.mT                                # (k, m, m)
+    product = torch.eye(g.shape[1], device=g.device)
+    for _ in range(5):
+        polynomial = -4.7750 * gram + 2.0315 * gram @ gram
+        polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    return product @ g                             # (k, m, n)
 
 def learning_rate(config, step, progress):
     """A linear rise over warmup_steps; then constant, or half a cosine down to 0 at progress 1."""
@@ -1140,7 +1202,8 @@ def learning_rate(config, step, progress):
 @torch.no_grad()
 def update_ema(averages, tensors, updates, decay):
     """Move the EMA tensors towards the model's, in the same order. Integer buffers are copied."""
-    decay = min(decay, (1 + updates) / (10 + updates)) if decay else 0  # low at first
+    if decay:  # low at first, as in TensorFlow's ExponentialMovingAverage; 0 is a plain copy
+        decay = min(decay, (1 + updates) / (10 + updates))
     floats = [i for i, average in enumerate(averages) if average.is_floating_point()]
     torch._foreach_lerp_([averages[i] for i in floats], [tensors[i] for i in floats], 1 - decay)
     for average, tensor in zip(averages, tensors):
@@ -1201,9 +1264,9 @@ def check_checkpoint(checkpoint, path):
     ema = checkpoint.get("ema", {})
     valid = checkpoint["channels"] in (1, 3) and isinstance(ema, dict)
     valid = valid and all(type(v) is torch.Tensor for v in [*weights.values(), *ema.values()])
-    names = [*weights, *ema, *checkpoint["config"], *checkpoint["classes"]] if valid else [None]
-    require(all(type(name) is str for name in names),
-            f"{path} holds other things than ddpm.py writes: use another.")
+    valid = valid and all(type(name) is str for name in [
+        *weights, *ema, *checkpoint["config"], *checkpoint["classes"]])
+    require(valid, f"{path} holds other things than ddpm.py writes: use another.")
     require(all_finite(weights, ema), f"{path} has weights that are not finite: use another.")
 
 def has_types(values, types):
@@ -1357,11 +1420,11 @@ def start_runtime(config):
     return Runtime(device, precision, rank, world_size)
 
 @contextlib.contextmanager
-def main_process_first():
+def local_main_process_first():
     """What is done in this context one process of each machine does before the others."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     if dist.is_initialized() and not is_first:
-        dist.barrier()
+        dist.barrier()  # wait here, until the first has come to its barrier below
     yield
     if dist.is_initialized() and is_first:
         dist.barrier()
@@ -1430,48 +1493,49 @@ def keep_memory():
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 class StopRequest:
-    """Whether somebody asked to stop: the number of the signal, 0 as long as nobody did."""
-    signal = 0
+    """Whether a stop was requested: the number of the signal, 0 for none."""
+    signum = 0
 
 @contextlib.contextmanager
 def stop_requests():
     """A StopRequest that notes SIGTERM and Ctrl-C; a second Ctrl-C is KeyboardInterrupt."""
     request = StopRequest()
 
-    def note(number, frame):
-        if request.signal and number == signal.SIGINT:
+    def note(signum, frame):
+        if request.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        request.signal = number
+        request.signum = signum
 
     previous = {}
     with contextlib.suppress(ValueError):  # only the main thread may handle signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            previous[signum] = signal.signal(signum, note)
     try:
         yield request
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 class Agreement:
     """progress (0 to 1) and stop_signal (0: none), the same in all processes."""
     def __init__(self, config, state, runtime):
         self.runtime = runtime
         self.by_clock = config.minutes is not None
-        self.ends = (state.step, state.total_steps)
+        self.first_step = state.step
 
     def update(self, step, stop_signal, progress):
         """Any process may ask to stop; with --minutes the clock of rank 0 counts."""
-        if self.runtime.world_size == 1 or not self.by_clock:
+        alone = self.runtime.world_size == 1
+        if alone or not self.by_clock:
             self.progress = progress  # a function of the step is the same in all processes
-        if self.runtime.world_size == 1:
+        if alone:
             self.stop_signal = stop_signal
-        elif step % 10 == 0 or step in self.ends:  # not more often: it takes time
-            vote = torch.tensor([stop_signal, progress if self.runtime.is_main else 0.0])
-            dist.all_reduce(vote, dist.ReduceOp.MAX)
-            self.stop_signal = int(vote[0])
+        elif step % 10 == 0 or step == self.first_step:  # it takes time; between, the last values
+            largest = torch.tensor([stop_signal, progress if self.runtime.is_main else 0.0])
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            self.stop_signal = int(largest[0])
             if self.by_clock:
-                self.progress = vote[1].item()
+                self.progress = largest[1].item()
 
 # ----------------------------------------------------------------------------------------- training
 
@@ -1496,7 +1560,7 @@ class TrainState:
         self.total_steps = config.steps  # None with --minutes
         if config.epochs:
             self.total_steps = math.ceil(config.epochs * len(images.train) / config.batch_size)
-        self.seconds_before = 0.0  # of the processes that this one resumes
+        self.seconds_before = 0.0  # spent on this run before it was resumed
         self.started = time.monotonic()
         self.lr = 0.0  # of the last step, as is grad_norm
         self.grad_norm = None
@@ -1510,8 +1574,8 @@ class TrainState:
     def progress(self):
         """The fraction of the planned steps, or of the time budget, that is over: 0 to 1."""
         if self.total_steps:
-            return min(self.step / self.total_steps, 1)
-        return min(self.seconds() / (60 * self.config.minutes), 1)
+            return min(self.step / self.total_steps, 1.0)
+        return min(self.seconds() / (60 * self.config.minutes), 1.0)
 
     def save(self):
         """Write the model and a step checkpoint, delete those beyond --keep_last. Returns paths."""
@@ -1529,7 +1593,7 @@ class TrainState:
         written = [atomic_write(step_path, lambda f: torch.save(full_state, f)),
                    atomic_write(model_path, lambda f: torch.save(model_state, f))]
         resumed_from = Path(self.config.resume).resolve() if self.config.resume else None
-        for old in step_files(model_path)[: -self.config.keep_last]:  # the new one is durable
+        for old in step_files(model_path)[: -self.config.keep_last]:  # the new one is on disk
             if old.resolve() != resumed_from:
                 old.unlink(missing_ok=True)
         return written
@@ -1551,13 +1615,13 @@ class TrainState:
         self.seconds_before = checkpoint["seconds"]
 
     def fail_non_finite(self, what, step):
-        last = (step_files(self.config.model_path) or ["none yet"])[-1]
+        *_, last = "none yet", *step_files(self.config.model_path)
         raise UserError(f"Non-finite {what} at step {step} (lr {self.lr:.2g}, {self.precision}). "
                         f"Last good checkpoint: {last}. Try --precision fp32 or a lower --lr.")
 
 class LossMeter:
-    """The training loss since the last `read`, in all and by quarter of the timesteps, and the
-    first step that was not finite (-1: none). All of it stays on the device until it is read."""
+    """The training loss since the last `read`, in all and by quarter of the timesteps, and the step
+    at which `patience` in a row were not finite (-1: none). It stays on the device until read."""
     def __init__(self, T, runtime):
         self.T = T
         self.world_size = runtime.world_size
@@ -1573,9 +1637,9 @@ class LossMeter:
         counts = torch.ones_like(losses)
         self.sums.index_add_(1, t * 4 // self.T, torch.stack([losses, counts]))
 
-    def end_step(self, step, total):
-        """Note whether a step was finite. total: a scalar, NaN or infinite if the step was."""
-        self.bad_in_a_row = torch.where(torch.isfinite(total), 0, self.bad_in_a_row + 1)
+    def end_step(self, step, check):
+        """Note whether a step was finite: whether `check` is, a scalar tensor."""
+        self.bad_in_a_row = torch.where(torch.isfinite(check), 0, self.bad_in_a_row + 1)
         too_many = (self.first_bad < 0) & (self.bad_in_a_row >= self.patience)
         self.first_bad = torch.where(too_many, step, self.first_bad)
 
@@ -1656,7 +1720,7 @@ def check_run(config, runtime):
             f"({runtime.world_size} processes, --grad_accum {config.grad_accum}): use a multiple "
             f"of {n}.")
     if config.arch != "unet":  # BatchNorm needs two values
-        deepest_side = network_size(config.image_size) // total_stride(config)
+        deepest_side = padded_size(config.image_size) // total_stride(config)
         require(deepest_side > 1 or config.batch_size > n, f"--batch_size {config.batch_size} "
                 f"leaves --arch {config.arch} one pixel to normalise by: use {2 * n} or more, or a "
                 "larger --image_size.")
@@ -1670,13 +1734,13 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
     with stop_requests() as stop, progress_bar(state, runtime) as bar:
         while True:
             # ------------------------------------------- agree whether to go on, log, save, preview
-            agreement.update(state.step, stop.signal, state.progress())
+            agreement.update(state.step, stop.signum, state.progress())
             finished = agreement.progress >= 1
-            stop_signal = 0 if finished else agreement.stop_signal  # too late to leave out the end
-            leaving = finished or stop_signal
-            # Sampling a preview can take longer than whoever asks for a stop waits: save before.
-            preview_due = finished or state.step % config.sample_every == 0
-            save_due = leaving or preview_due or state.step % config.save_every == 0
+            stop_signal = 0 if finished else agreement.stop_signal  # a finished run was not stopped
+            leaving = finished or stop_signal > 0
+            is_new = state.step > start_step  # what a run starts from is saved and shown already
+            preview_due = is_new and (finished or state.step % config.sample_every == 0)
+            save_due = is_new and (leaving or preview_due or state.step % config.save_every == 0)
             if save_due or state.step % config.log_every == 0:
                 first_bad = meter.first_bad.item()  # waits for the device
                 if first_bad >= 0:
@@ -1685,9 +1749,9 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                 if logger and means:
                     logger.log_training(state, means)
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-            if save_due and logger and state.step > start_step:  # a run that resumes has both
+            if save_due and logger:  # first: a preview can outlast the time from SIGTERM to SIGKILL
                 logger.files += state.save()
-            if preview_due and state.step > start_step and not stop_signal:
+            if preview_due and not stop_signal:
                 before = time.monotonic()
                 preview = previewer.make(state.ema)
                 if logger:
@@ -1698,8 +1762,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             # -------------------------------------------------------------------- one training step
             state.lr = learning_rate(config, state.step, agreement.progress)
             train_step(config, state, diffusion, runtime, meter)
-            # --------------------------------------------------------------------------------------
-            bar.update(round(state.progress() * bar.total) - bar.n)
+            bar.update(round(state.progress() * bar.total) - bar.n)  # in steps, or seconds
 
 def train_step(config, state, diffusion, runtime, meter):
     """One step of the optimiser and the EMA. Returns the last micro-batch's x0 and losses."""
@@ -1728,12 +1791,12 @@ def train_step(config, state, diffusion, runtime, meter):
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     update_ema(state.ema_tensors, state.model_tensors, state.step, config.ema_decay)
-    meter.end_step(state.step, state.grad_norm + losses.detach().sum())
+    meter.end_step(state.step, state.grad_norm + losses.detach().sum())  # NaN if either is
     state.step += 1
     return x0, losses.detach()
 
 def gradient_sync(network, wanted):
-    """The context of a backward pass: processes average their gradients only after the last."""
+    """The context of a micro-batch: in that of the last one processes average their gradients."""
     if wanted or not isinstance(network, nn.parallel.DistributedDataParallel):
         return contextlib.nullcontext()
     return network.no_sync()
@@ -1761,10 +1824,11 @@ def print_banner(config, state, runtime, origin):
         classes[12:] = [f"{len(classes) - 12} more"]
     if classes and not images.class_names:
         classes[-1] += "; not learned"
-    length = f"{config.minutes or 0:g} minutes"
     if state.total_steps:
         seen = state.total_steps * config.batch_size
         length = f"{state.total_steps} steps, {seen:,} images, {seen / n:.4g} epochs"
+    else:
+        length = f"{config.minutes:g} minutes"
     print(f"data      {printable(config.data_path)}: {images.num_found} found, {n} for training, "
           f"{len(images.validation)} for validation, {images.num_unreadable} unreadable; "
           f"{config.image_size}x{config.image_size}, {images.channels} channels\n"
@@ -1813,7 +1877,7 @@ def open_run(config, state):
         set_aside(Path(config.model_path))
         set_aside(folder)
     os.remove(atomic_write(folder / "probe", lambda f: None))  # fails now if it cannot be written
-    logger.open(state.images.fingerprint, state.step)
+    logger.start(state.images.fingerprint, state.step)
     logger.files += write_start_plots(config, state.images)
     return logger
 
@@ -1865,8 +1929,8 @@ class Previewer:
         generated = sample_images(
             ema, self.diffusion, self.config, self.labels, self.runtime.precision)
         size = self.config.image_size
-        clean, noisy, predicted = (crop(to_pixels(x).cpu(), size) for x in (x0, xt, predicted))
-        return Preview(t.tolist(), clean, noisy, predicted, generated, validation_loss)
+        rows = [crop(to_pixels(x).cpu(), size) for x in (x0, xt, predicted)]
+        return Preview(t.tolist(), *rows, generated, validation_loss)
 
     def validation_loss(self, ema):
         """The mean loss of the validation images, None without any."""
@@ -1892,7 +1956,7 @@ def read_metrics(path):
     return lines[0], rows
 
 class MetricsLogger:
-    """metrics.jsonl, the image grids of a run and its tracker. files: all that was written."""
+    """metrics.jsonl, the image grids of a run and its Tracker. files: all that the run wrote."""
     def __init__(self, config, tracker):
         self.config = config
         self.tracker = tracker
@@ -1901,7 +1965,7 @@ class MetricsLogger:
         self.rows = []
         self.files = []
 
-    def open(self, data, step):
+    def start(self, data, step):
         """Write the first line and, of a run that is resumed at this step, the rows before it."""
         if step:
             with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
@@ -2000,6 +2064,9 @@ def reverse_timesteps(config):
     steps = max(1, round(strength * config.sampling_steps))
     return spaced_timesteps(noise_levels, steps)
 
+# Previews and sample_run call sample_images, which calls generate for each batch, which runs a
+# sampler.
+
 def generate(model, diffusion, config, indices, labels, precision="fp32", image=None, mask=None):
     """Sample the images number `indices` with these labels (-1: none). Yields (t, x, x0) after each
     step, x and x0 (n, C, H, W) float32. An image does not depend on the others. To edit: image
@@ -2029,8 +2096,10 @@ def generate(model, diffusion, config, indices, labels, precision="fp32", image=
     yield from SAMPLERS[config.sampler](diffusion, denoise, x, ts, noise, config.eta)
 
 def inpaint(denoise, image, mask):
-    """A denoiser that knows the image where the mask is 0: all steps agree with it there."""
-    return lambda x, t: mask * denoise(x, t) + (1 - mask) * image
+    """A denoiser whose x0 is the image where the mask is 0, so that all steps agree with it."""
+    def denoise_masked(x, t):
+        return mask * denoise(x, t) + (1 - mask) * image
+    return denoise_masked
 
 def slerp(a, b, fraction):
     """Points (n, C, H, W) on the great circle from noise a to noise b, (1, C, H, W) each, at each
@@ -2048,7 +2117,8 @@ def sample_images(model, diffusion, config, labels, precision, on_step=None, ima
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     first = math.ceil(len(labels) * rank / world_size)
     end = math.ceil(len(labels) * (rank + 1) / world_size)
-    batches = [torch.empty(0, model.image_channels, size, size, dtype=torch.uint8)]
+    no_images = torch.empty(0, model.image_channels, size, size, dtype=torch.uint8)
+    batches = [no_images]  # all of a process that gets none
     for start in range(first, end, config.sample_batch_size):
         indices = range(start, min(start + config.sample_batch_size, end))
         batch_labels = [labels[i] for i in indices]
@@ -2085,7 +2155,7 @@ def sample_run(config, checkpoint):
     labels = sample_labels(config.classes, model.class_names, config.num_samples)
     if config.interpolate is not None:
         labels = labels[:1] * len(labels)
-    for folder in (config.samples_dir, config.individual or config.samples_dir):
+    for folder in filter(None, (config.samples_dir, config.individual)):
         Path(folder).mkdir(parents=True, exist_ok=True)  # fails now if that cannot be
     digest = model_digest(config.model_path)
     ts = reverse_timesteps(config)
@@ -2095,15 +2165,15 @@ def sample_run(config, checkpoint):
           f"sampling  {config.num_samples} images, {config.sampler}, {num_steps} steps, seed "
           f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
           f"{runtime.precision}")
-    next_level = dict(pairwise(ts))  # {t: the noise level after the step from t}
+    next_level = dict(pairwise(ts))  # {t: the level that the step from t reaches, for the plot}
     shown = set(evenly_spaced(np.array(ts[:-1]), 60 if config.gif else 9).tolist())
     frames = []  # (level, uint8 (n, C, H, W)), on the device, or each step would wait for it
-    batches = math.ceil(config.num_samples / runtime.world_size / config.sample_batch_size)
-    with tqdm(total=batches * num_steps, unit="step", dynamic_ncols=True,
+    num_batches = math.ceil(config.num_samples / runtime.world_size / config.sample_batch_size)
+    with tqdm(total=num_batches * num_steps, unit="step", dynamic_ncols=True,
               disable=not runtime.is_main) as bar:
         def on_step(start, t, x):
             bar.update()
-            if start == 0 and t in shown:
+            if start == 0 and t in shown:  # of the first batch
                 frames.append((next_level[t], crop(to_pixels(x[:8]), config.image_size)))
 
         pixels = sample_images(
@@ -2408,8 +2478,8 @@ class Parser(argparse.ArgumentParser):
 
 def run(work):
     """Do a command's work and return its exit code. What the user can fix is printed as a line."""
-    with contextlib.suppress(AttributeError):  # a terminal may lack letters that file names have
-        sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError):  # stdout may be another object, as in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     is_main = os.environ.get("RANK", "0") == "0"
     try:
         with contextlib.redirect_stdout(sys.stdout if is_main else open(os.devnull, "w")):

@@ -22,7 +22,7 @@ CHOICES = {
     "loss": ["l2", "l1", "huber"],
     "arch": ["unet", "simple", "resnet18"],
     "attention": ["full", "linear", "none"],
-    "optimizer": ["adam", "adamw"],
+    "optimizer": ["adam", "adamw", "muon"],
     "lr_schedule": ["constant", "cosine"],
     "logger": ["none", "tensorboard"],
     "precision": ["auto", "fp32", "bf16"],

@@ -175,7 +175,7 @@ def test_the_loss_shows_the_network_the_noised_image_its_timestep_and_its_label(
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_min_snr_weights(predict):
-    """Hang et al. 2023, section 3.4: min(snr, 5) for x0, over snr for eps, over snr + 1 for v."""
+    """The error of x0 weighs 1 + min(snr, 5): over snr for eps, over snr + 1 for v."""
     d, plain, (x0, eps) = make(predict, min_snr=5.0), make(predict), images_and_noise(100)
     t = torch.arange(100)
 
@@ -184,7 +184,8 @@ def test_min_snr_weights(predict):
 
     snr = (d.abar / (1 - d.abar))[:-1]
     assert snr[0] > 5 > snr[-1]
-    weight = torch.minimum(snr, torch.tensor(5.0)) / {"x0": 1, "eps": snr, "v": snr + 1}[predict]
+    weight = 1 + torch.minimum(snr, torch.tensor(5.0))
+    weight = weight / {"x0": 1, "eps": snr, "v": snr + 1}[predict]
     torch.testing.assert_close(losses(d), losses(plain) * weight, rtol=1e-5, atol=0)
 
 

@@ -127,6 +127,7 @@ def test_the_comparison_of_checkpoints_can_fail(train, tmp_path):
         "--arch simple",
         "--schedule linear --predict eps --loss l1",
         "--optimizer adamw --weight_decay 0.1 --precision bf16",
+        "--optimizer muon --weight_decay 0.1",
     ],
 )
 def test_a_longer_run_resumes_where_a_finished_one_ended(train, tmp_path, more):
@@ -232,6 +233,67 @@ def test_update_ema_averages_float_buffers_and_copies_integer_ones():
                 after[k], 0.1 * before[k] + 0.9 * now[k], rtol=1e-5, atol=1e-6
             )
     assert any("running_mean" in k and not torch.equal(after[k], before[k]) for k in after)
+
+
+def test_orthogonalize_is_the_newton_schulz_iteration_on_the_matrix_itself():
+    for shape in ((2, 24, 90), (2, 90, 24), (1, 16, 16)):
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+        x = g / g.norm(dim=(1, 2), keepdim=True)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        ours = ddpm.orthogonalize(g.float())
+        torch.testing.assert_close(ours.double(), x, rtol=1e-3, atol=1e-3)
+        assert 0.5 < torch.linalg.svdvals(ours)[:, :-1].min(), "the last of a square one is small"
+        assert torch.linalg.svdvals(ours).max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_muon_agrees_with_pytorchs_on_a_matrix(shape):
+    """torch.optim.Muon takes only matrices, and iterates in bfloat16."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("PyTorch has it from 2.9 on")
+    torch.manual_seed(0)
+    network = torch.nn.ModuleDict({"hidden": torch.nn.Linear(shape[1], shape[0], bias=False)})
+    weight = network["hidden"].weight
+    theirs = torch.nn.Parameter(weight.detach().clone())
+    options = dict(lr=0.01, weight_decay=0.1)
+    our_optimizer = ddpm.Muon(network, **options)
+    their_optimizer = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    for step in range(4):
+        weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        theirs.grad = weight.grad.clone()
+        before = weight.detach().clone()
+        our_optimizer.step()
+        their_optimizer.step()
+        moved = (weight - before).norm()
+        assert (weight - theirs).norm() < 0.02 * moved * (step + 1)
+
+
+def test_muon_leaves_ends_norms_and_biases_to_adamw():
+    """A convolution is one matrix, q, k and v are three, each moved by an orthogonal one."""
+    images = torch.randn(2, 3, 16, 16)
+    model = ddpm.UNet(3, 8, (1, 2), 1, num_classes=2)
+    randomise(model)
+    adamw = copy.deepcopy(model)
+    for network in (model, adamw):
+        network(images, torch.tensor([3, 90]), torch.tensor([0, -1])).square().mean().backward()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = ddpm.Muon(model, lr=0.01, weight_decay=0.0)
+    optimizer.step()
+    torch.optim.AdamW(adamw.parameters(), lr=0.01, weight_decay=0.0).step()
+    hidden = {id(weight) for weight, _ in optimizer.hidden}
+    for (name, weight), other in zip(model.named_parameters(), adamw.parameters()):
+        ends = name.startswith(("embed.", "conv_in.", "conv_out."))
+        assert (id(weight) in hidden) == (weight.ndim > 1 and not ends)
+        if id(weight) not in hidden:
+            assert torch.equal(weight, other), name
+    for name in ("down.0.res.conv1.weight", "middle.attention.qkv.weight"):
+        moved = (before[name] - model.state_dict()[name]).flatten(1)
+        parts = 3 if "qkv" in name else 1
+        for matrix in moved.chunk(parts):
+            values = torch.linalg.svdvals(matrix / (0.01 * 0.2 * max(matrix.shape) ** 0.5))
+            assert 0.7 < values.max() < 1.3, name
 
 
 def test_loading_takes_the_ema_weights_unless_it_is_given_ema_false(trained):
@@ -531,6 +593,7 @@ def test_progress_of_minutes_is_the_elapsed_fraction(image_folder, tmp_path):
     assert state.progress() == pytest.approx(330 / 600, abs=0.01)
     state.started = time.monotonic() - 3000
     assert state.progress() == 1
+    assert type(state.progress()) is float, "processes exchange it: all must have one type"
 
 
 @pytest.mark.parametrize(
@@ -983,6 +1046,20 @@ def test_a_signal_while_a_preview_is_sampled_saves_and_exits(train, tmp_path, mo
     monkeypatch.setattr(ddpm, "generate", generate)
     assert train("--steps 1000 --sample_every 3 --save_every 1000") == 143
     assert last_step(tmp_path / "run")["step"] in (3, 4), "at most one more step is done"
+    assert list((tmp_path / "run" / "samples").glob("generated_epoch*.png"))
+
+
+def test_a_signal_during_the_last_preview_leaves_a_finished_run(train, tmp_path, monkeypatch):
+    real = ddpm.generate
+
+    def generate(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ddpm, "generate", generate)
+    assert train("--steps 2") == 0
+    assert last_step(tmp_path / "run")["step"] == 2
+    assert list((tmp_path / "run" / "samples").glob("generated_epoch*.png"))
 
 
 def test_signal_handlers_are_put_back(train):
