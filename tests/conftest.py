@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,10 @@ def words(*flags):
     return [
         word for flag in flags for word in (flag.split() if isinstance(flag, str) else [str(flag)])
     ]
+
+
+# Before the name of a program, for two processes of it.
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
 
 
 def exit_code(main, *flags):
@@ -141,6 +146,51 @@ def randomise(model, seed=0, scale=0.2):
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * scale)
     return model
+
+
+def checkpoint(path):
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class Malicious:
+    """Pickled, it creates a file when it is read."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+def before_step(monkeypatch, number, do):
+    """Call do() when the batch of the step of that number is taken, counted from 0."""
+    real = ddpm.Images.batch
+
+    def batch(self, step, *args, **kwargs):
+        if step == number:
+            do()
+        return real(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(ddpm.Images, "batch", batch)
+
+
+def make_project(trained, folder):
+    """Fill a folder that the page is started in: the tiny model as tiny.pt, newer than the included
+    one, and its run in samples/run."""
+    (folder / "saved_models").mkdir()
+    shutil.copy(trained, folder / "saved_models" / "tiny.pt")
+    os.utime(folder / "saved_models" / "tiny.pt")
+    shutil.copytree(trained.parent / "samples", folder / "samples" / "run")
+    return folder
+
+
+def sample_tiny_pt(project, **settings):
+    """The images (H, W, C) that --mode sample makes with tiny.pt, the settings of its checkpoint
+    and these."""
+    path = str(project / "saved_models" / "tiny.pt")
+    stored = ddpm.stored_config(ddpm.read_checkpoint(path), path)
+    given = dict(model_path=path, samples_dir=str(project / "cli")) | settings
+    return list(ddpm.sample(ddpm.override(stored, **given)).permute(0, 2, 3, 1).numpy())
 
 
 def tree(folder):

@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_project, sample_tiny_pt
 from PIL import Image
 
 import ddpm
@@ -27,12 +27,8 @@ import app  # noqa: E402
 
 @pytest.fixture
 def project(trained, tmp_path, monkeypatch):
-    """A folder with the tiny model as tiny.pt, newer than the included one, and its run in
-    samples/run."""
-    (tmp_path / "saved_models").mkdir()
-    shutil.copy(trained, tmp_path / "saved_models" / "tiny.pt")
-    shutil.copytree(trained.parent / "samples", tmp_path / "samples" / "run")
-    os.utime(tmp_path / "saved_models" / "tiny.pt")
+    """A folder with the tiny model and its run, in which the page starts; it has cached nothing."""
+    make_project(trained, tmp_path)
     monkeypatch.chdir(tmp_path)
     st.cache_resource.clear()
     st.cache_data.clear()
@@ -65,16 +61,6 @@ def generated(at, section="Generate"):
     """The images that a section has generated: uint8 (N, H, W, C)."""
     images = at.session_state[f"generated: {section}"]["images"]
     return [np.asarray(Image.open(io.BytesIO(image))) for image in images]
-
-
-def command_line(folder, **settings):
-    """The same by ddpm.sample, which --mode sample calls with the settings of the checkpoint."""
-    path = str(folder / "saved_models" / "tiny.pt")
-    stored = ddpm.stored_config(ddpm.read_checkpoint(path), path)
-    pixels = ddpm.sample(
-        ddpm.override(stored, model_path=path, samples_dir=str(folder / "cli"), **settings)
-    )
-    return list(pixels.permute(0, 2, 3, 1).numpy())
 
 
 def png(pixels):
@@ -157,7 +143,7 @@ def test_the_images_are_those_of_the_command_line(page, project):
     at = page()
     assert labelled(at.number_input, "Images").value == 8
     press(at)
-    expected = command_line(project, num_samples=8, gif=True, individual=str(project / "each"))
+    expected = sample_tiny_pt(project, num_samples=8, gif=True, individual=str(project / "each"))
     assert len(generated(at)) == 8
     assert all(np.array_equal(a, b) for a, b in zip(generated(at), expected))
     kept = at.session_state["generated: Generate"]
@@ -176,7 +162,7 @@ def test_every_setting_reaches_the_sampler(page, project):
     labelled(at.multiselect, "Classes").set_value(["square", "disc"])
     labelled(at.slider, "Guidance").set_value(3.5)
     press(at)
-    expected = command_line(
+    expected = sample_tiny_pt(
         project,
         num_samples=5,
         seed=7,
@@ -228,7 +214,7 @@ def test_variations_are_those_of_the_command_line(page, project):
     labelled(at.slider, "Strength").set_value(0.4)
     labelled(at.select_slider, "Steps").set_value(20)
     press(at)
-    expected = command_line(
+    expected = sample_tiny_pt(
         project, num_samples=4, init_image="mine.png", strength=0.4, sampling_steps=20
     )
     assert len(expected) == 4
@@ -252,7 +238,7 @@ def test_inpainting_is_that_of_the_command_line(page, project, shape):
         give(at, png(mask), "mask.png")
     labelled(at.select_slider, "Steps").set_value(10)
     press(at)
-    expected = command_line(
+    expected = sample_tiny_pt(
         project, num_samples=4, init_image="mine.png", mask="mask.png", sampling_steps=10
     )
     assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Inpaint a part"), expected))
@@ -265,7 +251,7 @@ def test_going_between_two_seeds_is_that_of_the_command_line(page, project):
     at.radio[0].set_value("Between two seeds").run()
     labelled(at.number_input, "Seed of the last").set_value(9)
     press(at)
-    expected = command_line(project, num_samples=8, interpolate=9)
+    expected = sample_tiny_pt(project, num_samples=8, interpolate=9)
     assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Between two seeds"), expected))
     kept = at.session_state["generated: Between two seeds"]
     assert kept["gif"] == (project / "cli" / "interpolation.gif").read_bytes()

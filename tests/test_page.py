@@ -13,10 +13,8 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_project, sample_tiny_pt
 from PIL import Image
-
-import ddpm
 
 pytest.importorskip("streamlit", reason="the page needs Streamlit")
 sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs Playwright")
@@ -27,14 +25,7 @@ SECTIONS = ("Generate", "Look inside", "Edit", "Watch a run")
 
 @pytest.fixture(scope="module")
 def project(trained, tmp_path_factory):
-    """The folder that the page is started in, with the tiny model as tiny.pt and its run in
-    samples/run."""
-    folder = tmp_path_factory.mktemp("project")
-    (folder / "saved_models").mkdir()
-    shutil.copy(trained, folder / "saved_models" / "tiny.pt")
-    os.utime(folder / "saved_models" / "tiny.pt")
-    shutil.copytree(trained.parent / "samples", folder / "samples" / "run")
-    return folder
+    return make_project(trained, tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +136,6 @@ def images(page):
         ]
 
 
-def command_line(project, **settings):
-    path = str(project / "saved_models" / "tiny.pt")
-    stored = ddpm.stored_config(ddpm.read_checkpoint(path), path)
-    given = dict(model_path=path, samples_dir=str(project / "cli"), num_samples=8) | settings
-    return list(ddpm.sample(ddpm.override(stored, **given)).permute(0, 2, 3, 1).numpy())
-
-
 def equal(a, b):
     return len(a) == len(b) and all(np.array_equal(x, y) for x, y in zip(a, b))
 
@@ -180,7 +164,7 @@ def test_sampling_shows_its_progress_and_eight_images_to_download(visit, project
         pixels = np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB"))
         assert pixels.shape[0] >= 140 and pixels.std() > 5, "a blank image"
 
-    expected = command_line(project, sampling_steps=50, gif=True)
+    expected = sample_tiny_pt(project, num_samples=8, sampling_steps=50, gif=True)
     assert equal(images(page), expected)
     third = np.asarray(Image.open(io.BytesIO(download(page, "3 stripes"))))
     assert np.array_equal(third, expected[2])
@@ -225,7 +209,9 @@ def test_two_browsers_at_once_each_get_their_own(visit, project):
     for seed, page in enumerate(pages, 1):
         page.get_by_text("All as a ZIP").wait_for()
         settle(page)
-        assert equal(images(page), command_line(project, sampling_steps=50, seed=seed))
+        assert equal(
+            images(page), sample_tiny_pt(project, num_samples=8, sampling_steps=50, seed=seed)
+        )
 
 
 def test_the_keyboard_is_enough(visit):

@@ -17,7 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, places, tree, words
+from conftest import (
+    ROOT,
+    TINY,
+    TORCHRUN,
+    Malicious,
+    before_step,
+    checkpoint,
+    places,
+    tree,
+    words,
+)
 from PIL import Image
 
 import ddpm
@@ -38,10 +48,6 @@ def train(main, image_folder, tmp_path, quick_plots):
     return run
 
 
-def checkpoint(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def steps(folder):
     return sorted(int(p.stem[5:]) for p in Path(folder, "model_steps").glob("step_*.pt"))
 
@@ -59,18 +65,6 @@ def the_error(capsys):
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: "), last
     return last
-
-
-def before_step(monkeypatch, number, do):
-    """Call do() when the batch of the step of that number is taken, counted from 0."""
-    real = ddpm.Images.batch
-
-    def batch(self, step, *args, **kwargs):
-        if step == number:
-            do()
-        return real(self, step, *args, **kwargs)
-
-    monkeypatch.setattr(ddpm.Images, "batch", batch)
 
 
 # ---- kill -9
@@ -381,10 +375,9 @@ def test_several_processes_stop_on_the_same_step(train, image_folder, tmp_path, 
     """Ctrl-C reaches the group, and the launcher passes it on; SIGTERM comes to the launcher or one
     process. If they stopped on different steps, they would wait for each other for ever."""
     run = tmp_path / "run"
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     more = "--steps 100000 --save_every 100000 --log_every 10 --device cpu"
     process = start(
-        tmp_path, "--mode train", TINY, more, *places(run, image_folder), launcher=launcher
+        tmp_path, "--mode train", TINY, more, *places(run, image_folder), launcher=TORCHRUN
     )
     metrics = run / "samples" / "metrics.jsonl"
     wait_for(process, lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 2)
@@ -564,14 +557,6 @@ def test_nothing_in_the_sources_runs_what_it_reads():
         danger += r"shell=True|allow_pickle=True|"
         danger += r"\bimport (pickle|marshal|shelve|dill|subprocess)|yaml\.load|torch\.hub\.load\("
         assert not re.search(danger, text), f"{file.name}: {re.search(danger, text)[0]}"
-
-
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return open, (str(self.target), "w")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, metrics, places, randomise, tree, words
+from conftest import (
+    ROOT,
+    TINY,
+    TORCHRUN,
+    Malicious,
+    before_step,
+    checkpoint,
+    metrics,
+    places,
+    randomise,
+    tree,
+    words,
+)
 from PIL import Image
 
 import ddpm
@@ -41,10 +53,6 @@ def train(main, image_folder, tmp_path, quick_plots):
         return main("--mode train", more, *places(tmp_path / name, data), *given)
 
     return run
-
-
-def checkpoint(path):
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def last_step(folder):
@@ -73,14 +81,7 @@ def state(folder):
 
 def interrupt_in_step(monkeypatch, number, what=signal.SIGTERM):
     """Send this process a signal while it computes the step of that number, counted from 0."""
-    real = ddpm.Images.batch
-
-    def batch(self, step, *args, **kwargs):
-        if step == number:
-            os.kill(os.getpid(), what)
-        return real(self, step, *args, **kwargs)
-
-    monkeypatch.setattr(ddpm.Images, "batch", batch)
+    before_step(monkeypatch, number, lambda: os.kill(os.getpid(), what))
 
 
 # ---- resuming
@@ -320,10 +321,9 @@ ONE_STEP = """--steps 1 --grad_clip 0 --batch_size 12 --dropout 0.2 --label_drop
 @pytest.fixture
 def two(program):
     """two(*flags) runs ddpm.py, or another file, in two processes started by torchrun."""
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
 
     def run(*flags, **more):
-        result = program(*flags, launcher=launcher, **more)
+        result = program(*flags, launcher=TORCHRUN, **more)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -415,9 +415,8 @@ def batch(*args):
 ddpm.Images.batch = batch
 raise SystemExit(ddpm.main(sys.argv[1:]))
 """)
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
     more = places(tmp_path / "two", image_folder)
-    result = program("--mode train", TINY, "--steps 9", *more, launcher=launcher, file=leaving)
+    result = program("--mode train", TINY, "--steps 9", *more, launcher=TORCHRUN, file=leaving)
     assert result.returncode != 0 and "--resume" in result.stderr
     assert re.search(r"^error: The processes lost each other \(", result.stderr, re.M)
 
@@ -1129,14 +1128,6 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_good_files(
     assert tree(tmp_path / "run" / "model_steps") == good and not list(tmp_path.rglob("*.tmp"))
     monkeypatch.setattr(torch, "save", real)
     assert train("--resume --steps 4") == 0
-
-
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return open, (str(self.target), "w")
 
 
 def test_a_checkpoint_that_runs_code_is_refused(trained, tmp_path):

@@ -1,7 +1,7 @@
 """Kills training with SIGKILL again and again and resumes it: test_safety.py runs it as a program
 of its own.
 
-    python killer.py KILLS SEED FOLDER FLAG...    prints JSON: how many kills, where, what came of it
+    python killer.py KILLS SEED FOLDER FLAG...   prints JSON: how many kills, where, what came of it
 
 It imports ddpm once and forks a process for every start of the command line, so that a start takes
 a fraction of a second. Half of the kills come from here at a random moment; the other half a
