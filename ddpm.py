@@ -105,11 +105,11 @@ class Config:
     beta_end: float | None = flag(None, "last beta (default: 0.02 * 1000 / T)", 1e-8, 0.999)
     predict: str = flag("x0", "what the network predicts", choices="eps x0 v")
     loss: str = flag("l2", "loss between prediction and target", choices="l2 l1 huber")
-    min_snr: float = flag(0.0, "g of the loss weight 1 + min(snr, g) on x0; 0 is off", 0, 1e6)
+    min_snr: float = flag(4.0, "g of the loss weight 1 + min(snr, g) on x0; 0 is off", 0, 1e6)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
-    channels: int = flag(24, "channels of the first stage (unet, simple)", 4, 4096)
+    channels: int = flag(32, "channels of the first stage (unet, simple)", 4, 4096)
     channel_mults: tuple[int, ...] = flag(
-        (1, 2, 4, 6), "channels of each stage, as multiples of --channels (unet)", 1, 64)
+        (1, 1, 3, 5), "channels of each stage, as multiples of --channels (unet)", 1, 64)
     patch: int = flag(2, "side of the pixel squares that become channels (unet)", 1, 16)
     res_blocks: int = flag(1, "residual blocks per stage, one more in the decoder (unet)", 1, 16)
     attention: str = flag("full", "kind of attention (unet)", choices="full linear none")
@@ -119,15 +119,15 @@ class Config:
     class_cond: bool = flag(True, "condition on the class, where the data has two or more")
     label_dropout: float = flag(0.1, "fraction of labels hidden in training, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
-    steps: int | None = flag(3000, "length of training in steps", 1, 10**12, group="training",
+    steps: int | None = flag(1800, "length of training in steps", 1, 10**12, group="training",
                              change_on=RESUME)
     epochs: float | None = flag(None, "its length in epochs instead", 1e-6, 1e9, change_on=RESUME)
     minutes: float | None = flag(None, "its time budget in minutes instead", 1e-3, 1e7,
                                  change_on=RESUME)
     batch_size: int = flag(16, "images per optimiser step, over all processes", 1, 10**6)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change_on=RESUME)
-    lr: float = flag(1e-3, "learning rate after warm-up", 1e-9, 10)
-    optimizer: str = flag("adamw", "optimiser", choices="adam adamw muon")
+    lr: float = flag(2.5e-3, "learning rate after warm-up", 1e-9, 10)
+    optimizer: str = flag("muon", "optimiser", choices="adam adamw muon")
     weight_decay: float = flag(0.0, "weight decay, decoupled with adamw", 0, 10)
     lr_schedule: str = flag("cosine", "learning rate after warm-up", choices="constant cosine")
     warmup_steps: int = flag(100, "steps over which the learning rate rises from 0", 0, 10**9)
@@ -143,8 +143,8 @@ class Config:
     resume: str | None = flag(None, "resume a run: from this step checkpoint, or the latest",
                               group="running", change_on=RESUME, stored=False)
     init_from: str | None = flag(None, "start from these weights", change_on=RESUME, stored=False)
-    save_every: int = flag(500, "steps between checkpoints", 1, 10**9, change_on=RESUME)
-    sample_every: int = flag(1500, "steps between grids of samples", 1, 10**9, change_on=RESUME)
+    save_every: int = flag(600, "steps between checkpoints", 1, 10**9, change_on=RESUME)
+    sample_every: int = flag(600, "steps between grids of samples", 1, 10**9, change_on=RESUME)
     log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9, change_on=RESUME)
     keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6, change_on=RESUME)
     logger: str = flag("none", "also log to", choices="none tensorboard wandb", change_on=RESUME)
@@ -188,10 +188,9 @@ def changeable(command):
 
 # Settings that several recipes share; each recipe is Config's defaults changed by its entry.
 # PLAIN: Ho et al. 2020, made small. LITERAL: with betas that do not depend on T.
-FASHION = dict(data_path="fashion_mnist", image_size=28, channels=32, batch_size=128,
-               num_samples=50)
-PLAIN = dict(schedule="linear", predict="eps", channels=32, patch=1, class_cond=False,
-             guidance=1.0, optimizer="adam", sampling_steps=50)
+FASHION = dict(data_path="fashion_mnist", image_size=28, batch_size=128, num_samples=50)
+PLAIN = dict(schedule="linear", predict="eps", min_snr=0.0, patch=1, class_cond=False,
+             optimizer="adam", lr=1e-3, guidance=1.0, sampling_steps=50)
 LITERAL = PLAIN | dict(
     beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = LITERAL | dict(
@@ -1146,51 +1145,50 @@ def make_optimizer(config, model, device):
     return kind(model.parameters(), **options)
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan 2024) for the matrices and convolutions of hidden layers, AdamW for the rest. A
-    weight, as a matrix (out, in * kh * kw), moves by its momentum made orthogonal; q, k and v are
-    three matrices. The update is as large as one of Adam's, so that one learning rate serves both
-    (Liu et al. 2025, section 2.2)."""
+    """Muon (Jordan 2024) for the convolutions but the first and last, AdamW for all other weights.
+    A convolution, as a matrix (out, in * kh * kw), moves by its momentum made orthogonal. That is
+    scaled to the size of Adam's updates (Liu et al. 2025, section 2.2): one learning rate serves
+    both. Attention and embeddings gain too little by it to pay for its time on a CPU."""
     def __init__(self, model, **options):
         super().__init__(model.parameters(), **options)
         self._step_supports_amp_scaling = False  # have GradScaler skip a step that is not finite
-        outer = ("embed.", "conv_in.", "conv_out.")
-        self.hidden = []  # (weight, number of matrices in it)
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1 and not name.startswith(outer):
-                self.hidden.append((weight, 3 if name.endswith("qkv.weight") else 1))
+        self.convolutions = [
+            weight for name, weight in model.named_parameters()
+            if weight.ndim == 4 and not name.startswith(("conv_in.", "conv_out."))]
 
     @torch.no_grad()
     def step(self, closure=None):
         options = self.param_groups[0]
-        for weight, parts in self.hidden:
+        for weight in self.convolutions:
             state = self.state[weight]
             if not state:
                 state["step"] = torch.tensor(0.0)  # unused; loading asks for one in every state
                 state["momentum"] = torch.zeros_like(weight)
             state["momentum"].lerp_(weight.grad, 0.05)
-            update = weight.grad.lerp(state["momentum"], 0.95)  # Nesterov momentum
-            matrices = update.reshape(parts, len(weight) // parts, -1)  # (parts, rows, columns)
-            size = 0.2 * max(matrices.shape[1:]) ** 0.5
-            update = orthogonalize(matrices).reshape(weight.shape)
+            update = weight.grad.lerp(state["momentum"], 0.95).flatten(1)  # Nesterov momentum
+            size = 0.2 * max(update.shape) ** 0.5
+            update = orthogonalize(update).view_as(weight)
             weight.mul_(1 - options["lr"] * options["weight_decay"])
             weight.sub_(update, alpha=options["lr"] * size)
             weight.grad = None  # AdamW leaves it alone
         super().step(closure)
 
-def orthogonalize(g):
-    """Matrices (k, m, n) with their singular values brought to about 1 by five Newton-Schulz steps
-    (Jordan 2024), taken on the smaller of g g' and g' g, which the polynomials have in common."""
-    if g.shape[1] > g.shape[2]:
-        return orthogonalize(g.mT).mT
-    g = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = g @ g.mT                                # (k, m, m)
-    product = torch.eye(g.shape[1], device=g.device)
+def orthogonalize(matrix):
+    """A matrix (m, n) with its singular values brought to about 1, by five Newton-Schulz steps
+    (Jordan 2024). Each multiplies it by a polynomial of its product with itself, which is smaller:
+    the polynomials are multiplied first."""
+    m, n = matrix.shape
+    if m > n:
+        return orthogonalize(matrix.T).T
+    matrix = matrix / (matrix.norm() + 1e-7)
+    gram = matrix @ matrix.T                       # (m, m)
+    product = torch.eye(m, device=matrix.device)
     for _ in range(5):
-        polynomial = -4.7750 * gram + 2.0315 * gram @ gram
-        polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        polynomial.diagonal().add_(3.4445)
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
-    return product @ g                             # (k, m, n)
+    return product @ matrix                        # (m, n)
 
 def learning_rate(config, step, progress):
     """A linear rise over warmup_steps; then constant, or half a cosine down to 0 at progress 1."""
@@ -1546,8 +1544,8 @@ class TrainState:
         self.config = config
         self.images = images
         self.precision = runtime.precision
-        self.ema = copy.deepcopy(model).eval().requires_grad_(False).to(device)
         self.model = model.to(device)
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.network = torch.compile(model) if config.compile else model
         if runtime.world_size > 1:
             device_ids = [device.index] if device.type == "cuda" else None
