@@ -1746,6 +1746,8 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                 means = meter.read()
                 if logger and means:
                     logger.log_training(state, means)
+                    if state.step <= start_step + config.log_every:
+                        print_forecast(state, means["images_per_s"])
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             if save_due and logger:  # first: a preview can outlast the time from SIGTERM to SIGKILL
                 logger.files += state.save()
@@ -1808,6 +1810,8 @@ def dry_run(config, state, diffusion, runtime):
           f"{losses.mean():.3f}; peak memory {memory} MB. No model was written")
     leave_processes()
 
+ENOUGH_FOR_PHOTOS = 300_000  # images seen in training
+
 def print_banner(config, state, runtime, origin):
     """Print what the run will do. origin: where its weights come from; None: random."""
     images = state.images
@@ -1851,6 +1855,23 @@ def print_banner(config, state, runtime, origin):
         print(f"note: {n} images will be memorised; from about 1,000 on a model invents")
     if origin:
         print(origin)
+
+def print_forecast(state, images_per_s):
+    """Print how long the run takes at the speed of its first steps, and whether that is enough."""
+    config = state.config
+    if state.total_steps:
+        num_images = state.total_steps * config.batch_size
+        minutes = num_images / images_per_s / 60
+    else:
+        minutes = config.minutes
+        num_images = minutes * 60 * images_per_s
+    tqdm.write(f"speed     {images_per_s:.3g} images/s: {num_images:,.0f} images in "
+               f"{minutes:.3g} minutes")
+    if len(state.images.train) >= 300 and num_images < ENOUGH_FOR_PHOTOS:
+        enough = math.ceil(ENOUGH_FOR_PHOTOS / images_per_s / 60)
+        tqdm.write(f"note: photos of unlike things show shapes from {ENOUGH_FOR_PHOTOS:,} images "
+                   f"on, and before that textures. Try --minutes {enough}, --image_size 32, or "
+                   "--init_from a model of similar images")
 
 def progress_bar(state, runtime):
     """A bar of the steps, or of the seconds of --minutes."""
