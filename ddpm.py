@@ -119,7 +119,7 @@ class Config:
     class_cond: bool = flag(True, "condition on the class, where the data has two or more")
     label_dropout: float = flag(0.1, "fraction of labels hidden in training, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
-    steps: int | None = flag(1800, "length of training in steps", 1, 10**12, group="training",
+    steps: int | None = flag(1350, "length of training in steps", 1, 10**12, group="training",
                              change_on=RESUME)
     epochs: float | None = flag(None, "its length in epochs instead", 1e-6, 1e9, change_on=RESUME)
     minutes: float | None = flag(None, "its time budget in minutes instead", 1e-3, 1e7,
@@ -143,8 +143,8 @@ class Config:
     resume: str | None = flag(None, "resume a run: from this step checkpoint, or the latest",
                               group="running", change_on=RESUME, stored=False)
     init_from: str | None = flag(None, "start from these weights", change_on=RESUME, stored=False)
-    save_every: int = flag(600, "steps between checkpoints", 1, 10**9, change_on=RESUME)
-    sample_every: int = flag(600, "steps between grids of samples", 1, 10**9, change_on=RESUME)
+    save_every: int = flag(450, "steps between checkpoints", 1, 10**9, change_on=RESUME)
+    sample_every: int = flag(450, "steps between grids of samples", 1, 10**9, change_on=RESUME)
     log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9, change_on=RESUME)
     keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6, change_on=RESUME)
     logger: str = flag("none", "also log to", choices="none tensorboard wandb", change_on=RESUME)

@@ -840,6 +840,33 @@ def test_the_banner_says_what_the_run_costs(train, capsys):
         assert re.search(pattern, said), pattern
 
 
+def test_the_first_steps_say_how_long_the_run_takes(train, capsys):
+    assert train("--steps 3 --log_every 1") == 0
+    said = capsys.readouterr().out
+    assert said.count("speed ") == 1 and "12 images in" in said
+
+
+@pytest.mark.parametrize(
+    "length, num_images, expected",
+    [
+        ("--steps", 1000, "--minutes 500,"),
+        ("--minutes", 1000, "--minutes 500,"),
+        ("--steps", 299, ""),
+        ("long enough", 1000, ""),
+    ],
+)
+def test_a_run_too_short_for_photos_says_what_would_do(capsys, length, num_images, expected):
+    """At ten images a second 300,000 take 500 minutes."""
+    steps = {"--steps": 1500, "long enough": 18_750}.get(length)
+    config = ddpm.Config(steps=steps, minutes=None if steps else 40.0)
+    images = types.SimpleNamespace(train=range(num_images))
+    state = types.SimpleNamespace(config=config, images=images, total_steps=steps)
+    ddpm.print_forecast(state, 10.0)
+    said = capsys.readouterr().out
+    assert ("300,000 images in 500" if length == "long enough" else "24,000 images in 40 m") in said
+    assert expected in said and ("note:" in said) == bool(expected)
+
+
 def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
