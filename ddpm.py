@@ -67,6 +67,19 @@ def printable(text):
     """The text with all that could steer a terminal or break the line escaped, as in \\x1b."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
+def evenly_spaced(items, n):
+    """Up to n elements of an array, evenly spaced from the first to the last."""
+    return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
+
+# What a seed is derived for, as the second number of `derive_seed`. (The noise of an image has its
+# number there: ImageNoise.)
+Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
+
+def derive_seed(*numbers):
+    """One 63-bit seed from integers >= 0; zeros at the end make no difference."""
+    state = np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)
+    return int(state[0] >> 1)
+
 # ----------------------------------------------------------------------------------------- settings
 
 # What a stored setting may be changed for: to resume its run, to sample from its model, or both.
@@ -517,14 +530,6 @@ class ImageNoise:
     def __call__(self):
         noise = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
         return to_device(noise, self.device)
-
-# What else a seed is derived for, as the second number of `derive_seed`.
-Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
-
-def derive_seed(*numbers):
-    """One 63-bit seed from integers >= 0; zeros at the end make no difference."""
-    state = np.random.SeedSequence([int(n) for n in numbers]).generate_state(1, np.uint64)
-    return int(state[0] >> 1)
 
 # ----------------------------------------------------------------------------------------- networks
 # All are called as net(x, t, y): x (N, C, H, W), t (N,), y (N,) labels, -1 for none, or None.
@@ -1925,7 +1930,7 @@ class Previewer:
         self.diffusion = diffusion
         self.runtime = runtime
         self.labels = sample_labels(config.classes, images.class_names, config.num_samples)
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, Stream.PREVIEW, 1))
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, Stream.PREVIEW))
         self.examples = self.fixed_batch(images, evenly_spaced(images.train, 8), generator)
         self.validation = self.fixed_batch(images, evenly_spaced(images.validation, 256), generator)
 
@@ -2248,10 +2253,6 @@ def write_samples(config, pixels, frames, class_names, labels, text):
 
 # ---------------------------------------------------------------------------------- grids and plots
 
-def evenly_spaced(items, n):
-    """Up to n elements of an array, evenly spaced from the first to the last."""
-    return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
-
 def grid_columns(n, class_names):
     """Columns for n images: one or more a class if that fits, else about square, without a gap."""
     side = math.ceil(math.sqrt(n))
@@ -2339,7 +2340,7 @@ def plot_schedules(config, path):
     """abar_t and the log signal-to-noise ratio of every schedule, the chosen one thick."""
     titles = [r"remaining signal, $\bar\alpha_t$", "log signal-to-noise ratio"]
     figure, (left, right) = plot_pair(titles, "timestep t")
-    for kind, colour in zip(FIELDS["schedule"].metadata["choices"], COLOURS):
+    for kind, colour in zip(FIELDS["schedule"].metadata["choices"], COLOURS, strict=True):
         betas = make_betas(kind, config.timesteps)
         style = dict(color=colour, lw=1.2, label=kind)
         if kind == config.schedule:
