@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import benchmark
 import numpy as np
 import pytest
+import shrink
 import torch
 from conftest import ROOT, randomise, words
 from PIL import Image
@@ -408,3 +410,14 @@ def test_every_command_has_help(capsys):
         with pytest.raises(SystemExit):
             benchmark.main([name, "--help"])
         assert "usage" in capsys.readouterr().out
+
+
+def test_a_shrunk_model_samples_what_the_whole_one_samples(trained, tmp_path):
+    small = shrink.shrink(trained, tmp_path / "small.pt")
+    assert Path(small).stat().st_size < 0.6 * Path(trained).stat().st_size
+    grids = []
+    for path in (trained, small):
+        model, diffusion, config = ddpm.load_model(path)
+        config = ddpm.override(config, num_samples=2, sampling_steps=2)
+        grids.append(ddpm.sample_images(model, diffusion, config, [-1, -1], "fp32").int())
+    assert (grids[0] - grids[1]).abs().max() <= 2, "grey levels"
