@@ -18,6 +18,8 @@ def shrink(source, target):
     checkpoint = ddpm.read_checkpoint(source)
     weights = checkpoint["ema"] if "ema" in checkpoint else checkpoint["weights"]
     small = {key: checkpoint[key] for key in ("format", "config", "classes", "channels")}
+    places = ("download_dir", "model_path", "samples_dir")  # mean nothing on another machine
+    small["config"] |= {name: getattr(ddpm.Config, name) for name in places}
     small["weights"] = {
         name: weight.half() if weight.is_floating_point() else weight
         for name, weight in weights.items()
