@@ -460,8 +460,7 @@ def from_diffusers(folder, model_path):
         raise UserError(
             f"{folder} cannot be converted: a file of its settings is damaged, or lacks one "
             f"({type(e).__name__}: {e}). Get it anew.") from None
-    ddpm.set_aside(Path(model_path))
-    ddpm.set_aside(ddpm.step_folder(model_path))
+    ddpm.set_aside_model(model_path)
     state = dict(
         format=ddpm.FORMAT,
         config=dataclasses.asdict(config),

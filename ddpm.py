@@ -35,6 +35,8 @@ import os
 import platform
 import signal
 import sys
+import tempfile
+import threading
 import time
 import typing
 import zipfile
@@ -1354,7 +1356,22 @@ def step_folder(model_path):
     path = Path(model_path)
     require(path.name and not path.is_dir(),
             f"--model_path {model_path} is a folder: give a file in it, as in {path / 'model.pt'}.")
-    return path.with_name(path.stem + "_steps")
+    return path.with_name(path.name + "_steps")
+
+def rename_old_step_folder(model_path):
+    """Earlier versions left out the suffix, as in model_steps for model.pt, so that lr0.1 and lr0.2
+    had one folder: give it its present name if its latest checkpoint is of this model."""
+    path = Path(model_path)
+    new = step_folder(path)
+    old = path.with_name(path.stem + "_steps")
+    files = sorted(old.glob("step_*.pt"))
+    if new.exists() or not files:
+        return
+    with contextlib.suppress(UserError, OSError):  # another process may have done it
+        owner = read_checkpoint(files[-1])["config"]["model_path"]
+        if Path(owner).name == path.name:
+            old.rename(new)
+            print(f"renamed   {old.name} to {new.name}")
 
 def step_files(model_path):
     """A model's step checkpoints, oldest first: names of eight digits sort by step."""
@@ -1364,6 +1381,7 @@ def find_resume(config):
     """What --resume means, (path, checkpoint): the one named, or the latest that can be read."""
     if config.resume != "latest":
         return config.resume, read_checkpoint(config.resume)
+    rename_old_step_folder(config.model_path)
     for path in reversed(step_files(config.model_path)):
         try:
             return str(path), read_checkpoint(path)
@@ -1374,15 +1392,39 @@ def find_resume(config):
 
 def set_aside(path):
     """Rename what an earlier run wrote, lest a new one overwrite it, and print its new name."""
-    if not path.exists():
+    if path.exists():
+        kept = unused(path.with_name(f"{path.name}.previous"))
+        path.rename(kept)
+        print(f"kept      the earlier {path.name}, as {kept.name}")
+
+def set_aside_model(model_path):
+    """Set aside a model and its step checkpoints."""
+    rename_old_step_folder(model_path)
+    set_aside(Path(model_path))
+    set_aside(step_folder(model_path))
+
+def set_aside_samples(folder):
+    """Move what an earlier run wrote to --samples_dir, if any, into a folder in it."""
+    if not (folder / "metrics.jsonl").exists():
         return
-    kept = path.with_name(f"{path.name}.previous")
+    kept = unused(folder / "previous")
+    kept.mkdir()
+    for pattern in RUN_FILES:
+        for path in folder.glob(pattern):
+            path.rename(kept / path.name)
+    print(f"kept      the earlier run's metrics and images, in {kept}")
+
+RUN_FILES = ("metrics.jsonl", "loss_graph.png", "dataset_grid.png", "schedules.png",
+             "forward_process.png", "*_epoch*.png", "tensorboard")
+
+def unused(path):
+    """The path, or the first of path2, path3 and so on that does not exist."""
+    numbered = path
     n = 2
-    while kept.exists():
-        kept = path.with_name(f"{path.name}.previous{n}")
+    while numbered.exists():
+        numbered = path.with_name(f"{path.name}{n}")
         n += 1
-    path.rename(kept)
-    print(f"kept      the earlier {path.name}, as {kept.name}")
+    return numbered
 
 def load_matching_weights(model, checkpoint, path):
     """Load those weights of a checkpoint that fit a new model. Returns a line about the others."""
@@ -1518,6 +1560,66 @@ def stop_requests():
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+HEARTBEAT = 30  # seconds between the signs of life that a run gives
+
+@contextlib.contextmanager
+def run_locks(config, runtime):
+    """While in this context, refuse all other runs that would write to the same places."""
+    if config.dry_run or not runtime.is_main:
+        yield
+        return
+    model_path = Path(config.model_path)
+    with (lock(model_path.with_name(f".{model_path.name}.lock"), "--model_path", model_path),
+          lock(Path(config.samples_dir, ".run.lock"), "--samples_dir", config.samples_dir)):
+        yield
+
+@contextlib.contextmanager
+def lock(path, flag, place):
+    """Hold a lock file while in this context. UserError if another run holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as f:
+        f.seek(0)
+        host, _, process = f.read().partition(" ")
+        require(not is_held(f, host), f"{flag} {place} is in use by another run, process {process} "
+                f"on {host}: wait for its end, stop it, or give another {flag}.")
+        f.truncate(0)
+        f.write(f"{platform.node()} {os.getpid()}")
+        f.flush()
+        stop = threading.Event()
+        threading.Thread(target=renew, args=(path, stop), daemon=True).start()
+        try:
+            yield
+        finally:
+            stop.set()
+            f.truncate(0)
+            with contextlib.suppress(OSError):  # Windows does not remove what is open
+                path.unlink()
+
+def is_held(file, host):
+    """Whether a run that lives holds a lock file, which this process has opened; it is locked now
+    if not. The lock of a dead process is gone on its machine; on another the file gets old."""
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if host == platform.node():
+            return False
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # nor on some network file systems
+        pass
+    return host != "" and seconds_since_change(file) < 4 * HEARTBEAT
+
+def seconds_since_change(file):
+    """How long ago an open file changed, by the clock of the disk that it is on."""
+    with tempfile.TemporaryFile(dir=Path(file.name).parent) as new:
+        return os.fstat(new.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
+
+def renew(path, stop):
+    """Give a file the present time again and again, until the event `stop`."""
+    while not stop.wait(HEARTBEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
 
 class Agreement:
     """progress (0 to 1) and stop_signal (0: none), the same in all processes."""
@@ -1683,6 +1785,11 @@ def train_run(config, checkpoint=None):
     check(config)
     runtime = start_runtime(config)
     check_run(config, runtime)
+    with run_locks(config, runtime):
+        return train_locked(config, runtime, checkpoint)
+
+def train_locked(config, runtime, checkpoint):
+    """What `train_run` does once no other run can write to the same places."""
     initial = read_checkpoint(config.init_from) if config.init_from else None  # fails early
     images = load_images(config, runtime.device)
     keep_memory()  # not before: decoding large images takes much that is not needed again
@@ -1888,20 +1995,21 @@ def progress_bar(state, runtime):
 
 def open_run(config, state):
     """Prepare the folders of a run and write the plots of its start. Returns its MetricsLogger."""
-    logger = MetricsLogger(config, make_tracker(config))
+    tracker = make_tracker(config)  # fails now, before anything is renamed
     folder = step_folder(config.model_path)
     model_name = glob.escape(Path(config.model_path).name)
     for partial in [*folder.glob(".step_*.tmp"), *folder.parent.glob(f".{model_name}.*.tmp")]:
         partial.unlink()  # a crash left it
-    if state.step:
+    continues = state.step > 0 and Path(config.resume).resolve().parent == folder.resolve()
+    if continues:
         for file in step_files(config.model_path):
             if file.stem > f"step_{state.step:08d}":  # unreadable, or of another branch of the run
                 set_aside(file)
-    else:
-        set_aside(Path(config.model_path))
-        set_aside(folder)
+    else:  # what is there is of another run
+        set_aside_model(config.model_path)
     os.remove(atomic_write(folder / "probe", lambda f: None))  # fails now if it cannot be written
-    logger.start(state.images.fingerprint, state.step)
+    logger = MetricsLogger(config, tracker)
+    logger.start(state.images.fingerprint, state.step if continues else 0)
     logger.files += write_start_plots(config, state.images)
     return logger
 
@@ -1979,6 +2087,11 @@ def read_metrics(path):
             rows.append({renamed.get(key, key): value for key, value in row.items()})
     return lines[0], rows
 
+def model_from_samples(settings):
+    """Where a run's model is as seen from its samples: the same after the run was moved."""
+    with contextlib.suppress(KeyError, ValueError):  # damaged, or on two drives of Windows
+        return os.path.relpath(settings["model_path"], settings["samples_dir"])
+
 class MetricsLogger:
     """metrics.jsonl, the image grids of a run and its Tracker. files: all that the run wrote."""
     def __init__(self, config, tracker):
@@ -1990,15 +2103,20 @@ class MetricsLogger:
         self.files = []
 
     def start(self, data, step):
-        """Write the first line and, of a run that is resumed at this step, the rows before it."""
-        if step:
-            with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
-                _, rows = read_metrics(self.path)
-                self.rows = [row for row in rows if row["step"] <= step]
+        """Write the first line and, of a run that is resumed at this step, the rows before it. What
+        other runs wrote is set aside."""
+        head = dict(config={})
+        with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
+            head, rows = read_metrics(self.path)
+        if step and model_from_samples(head["config"]) == model_from_samples(vars(self.config)):
+            self.rows = [row for row in rows if row["step"] <= step]
+        else:
+            set_aside_samples(self.folder)
         head = dict(config=dataclasses.asdict(self.config), data=data, torch=torch.__version__,
                     torchvision=torchvision.__version__, python=platform.python_version())
         text = "".join(json.dumps(row) + "\n" for row in [head, *self.rows])
         self.files.append(atomic_write(self.path, lambda f: f.write(text.encode())))
+        self.tracker.start(step)
 
     def log(self, state, **values):
         """Append a row, and log the numbers in it to the tracker."""
@@ -2034,13 +2152,19 @@ class Tracker:
         self.kind = config.logger
         if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            self.writer = SummaryWriter(Path(config.samples_dir, "tensorboard"))
+            self.open_writer = SummaryWriter
+            self.folder = Path(config.samples_dir, "tensorboard")
         elif self.kind == "wandb":
             import wandb
             Path(config.samples_dir).mkdir(parents=True, exist_ok=True)
             settings = dataclasses.asdict(config)
             self.run = wandb.init(project="ddpm", dir=config.samples_dir, config=settings)
             self.to_image = wandb.Image
+
+    def start(self, step):
+        """Begin at a step; of a run that is resumed, what was logged beyond it is hidden."""
+        if self.kind == "tensorboard":
+            self.writer = self.open_writer(self.folder, purge_step=step + 1)
 
     def log_numbers(self, step, numbers):
         if self.kind == "tensorboard":
@@ -2071,7 +2195,7 @@ def make_tracker(config):
 
 def sample_labels(classes, class_names, n):
     """The labels of n images: in turn the classes named, as in "lion,tiger", or all; -1: none."""
-    names = [name.strip() for name in classes.split(",")] if classes else class_names
+    names = split_classes(classes, class_names) if classes else class_names
     known = ", ".join(class_names)
     known = f"its classes are {known}" if known else "it was trained without classes"
     for name in names:
@@ -2080,6 +2204,18 @@ def sample_labels(classes, class_names, n):
     if not names:
         return [-1] * n
     return [class_names.index(names[i % len(names)]) for i in range(n)]
+
+def split_classes(text, class_names):
+    """The names in a list of classes like "lion,tiger". Names of classes may have commas."""
+    parts = text.split(",")
+    names = []
+    while parts:
+        joined = [",".join(parts[:n]) for n in range(len(parts), 0, -1)]  # the longest first
+        known = (name for name in joined if name in class_names or name.strip() in class_names)
+        name = next(known, joined[-1])
+        names.append(name if name in class_names else name.strip())
+        del parts[: name.count(",") + 1]
+    return names
 
 def reverse_timesteps(config):
     """The timesteps to sample at: from pure noise, or from the noise level of --strength."""
@@ -2237,7 +2373,9 @@ def write_samples(config, pixels, frames, class_names, labels, text):
     files = []
     if config.interpolate is None:
         shown = pixels[:2500]  # nobody looks at more
-        asked_for = config.classes.split(",") if config.classes else class_names
+        asked_for = class_names
+        if config.classes:
+            asked_for = split_classes(config.classes, class_names)
         columns = grid_columns(len(shown), asked_for)
         files.append(save_grid(shown, folder / "generated_sample.png", columns, text))
     else:

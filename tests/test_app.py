@@ -86,8 +86,8 @@ def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
     os.utime(models / "broken.pt", (1, 1))
     shutil.copy(models / "tiny.pt", models / "tiny.pt.previous")
     shutil.copy(models / "tiny.pt", models / ".tiny.pt.77.tmp")
-    (models / "tiny_steps").mkdir()
-    shutil.copy(models / "tiny.pt", models / "tiny_steps" / "step_00000040.pt")
+    (models / "tiny.pt_steps").mkdir()
+    shutil.copy(models / "tiny.pt", models / "tiny.pt_steps" / "step_00000040.pt")
     options = page().selectbox[0].options
     data = ddpm.read_checkpoint(models / "tiny.pt")["config"]["data_path"].split("/")[-1]
     assert sorted(options) == sorted(

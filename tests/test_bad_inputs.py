@@ -159,7 +159,7 @@ CLASHES = [
     ("--init_from gone.pt", "gone.pt", "give the path of a file that --mode train wrote"),
     ("--init_from folder", "folder", "give the path of a file that --mode train wrote"),
     ("--resume gone.pt", "gone.pt", "give the path of a file that --mode train wrote"),
-    ("--resume", "model_steps", "leave out --resume to start a run"),
+    ("--resume", "model.pt_steps", "leave out --resume to start a run"),
     ("--data_path gone", "no folder gone", "cifar10"),
     ("--data_path notes.txt", "notes.txt", "give --data_path an image folder"),
     ("--data_path folder", "saw 1 files (.txt 1)", "accepted .png .jpg"),
@@ -649,7 +649,7 @@ def test_a_model_is_not_a_run_to_resume(refused, main, image_folder, tmp_path, q
     refused(
         "--mode train --resume m/x.pt --steps 3",
         "m/x.pt is a model to sample from",
-        "one of m/x_steps",
+        "one of m/x.pt_steps",
         "--init_from",
     )
 
@@ -668,6 +668,6 @@ def test_a_run_whose_state_is_of_another_shape(
     refused, main, image_folder, tmp_path, quick_plots, part, value
 ):
     assert main(*training(image_folder), "--model_path m/x.pt") == 0
-    whole = torch.load("m/x_steps/step_00000001.pt", weights_only=True)
+    whole = torch.load("m/x.pt_steps/step_00000001.pt", weights_only=True)
     torch.save(whole | {part: value}, "bad.pt")
     refused("--mode train --resume bad.pt --steps 3", "bad.pt")

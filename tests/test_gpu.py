@@ -100,7 +100,7 @@ def test_a_gpu_trains_and_samples_what_the_cpu_does(tmp_path, image_folder, quic
     cpu = run("cpu", tmp_path / "a", image_folder, flags)
     with pretend_gpu.there():
         gpu = run("cuda", tmp_path / "b", image_folder, flags)
-    half_way = ddpm.read_checkpoint(tmp_path / "a" / "model_steps" / "step_00000003.pt")["weights"]
+    half_way = ddpm.read_checkpoint(tmp_path / "a" / "model.pt_steps" / "step_00000003.pt")["weights"]
     changed = 0
     for name, weights in cpu["weights"].items():
         torch.testing.assert_close(gpu["weights"][name], weights, rtol=1e-3, atol=2e-5)

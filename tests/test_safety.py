@@ -49,7 +49,7 @@ def train(main, image_folder, tmp_path, quick_plots):
 
 
 def steps(folder):
-    return sorted(int(p.stem[5:]) for p in Path(folder, "model_steps").glob("step_*.pt"))
+    return sorted(int(p.stem[5:]) for p in Path(folder, "model.pt_steps").glob("step_*.pt"))
 
 
 def models(folder):
@@ -250,13 +250,13 @@ def test_the_folder_of_images_vanishes_in_mid_run(train, tmp_path, monkeypatch, 
 
 def test_the_folder_of_models_vanishes_and_is_made_again(train, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    before_step(monkeypatch, 2, lambda: shutil.rmtree(run / "model_steps"))
+    before_step(monkeypatch, 2, lambda: shutil.rmtree(run / "model.pt_steps"))
     assert train("--steps 5") == 0
     assert steps(run) == [4, 5] and all(ddpm.read_checkpoint(f) for f in run.rglob("*.pt"))
 
 
 def test_a_file_takes_the_place_of_the_folder_of_models(train, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "run" / "model_steps"
+    folder = tmp_path / "run" / "model.pt_steps"
 
     def replace():
         shutil.rmtree(folder)
@@ -264,7 +264,7 @@ def test_a_file_takes_the_place_of_the_folder_of_models(train, tmp_path, monkeyp
 
     before_step(monkeypatch, 2, replace)
     assert train("--steps 5") == 1
-    assert "model_steps" in the_error(capsys) and folder.read_text() == "mine"
+    assert "model.pt_steps" in the_error(capsys) and folder.read_text() == "mine"
     assert ddpm.load_model(tmp_path / "run" / "model.pt") and not half_files(tmp_path)
 
 
@@ -407,7 +407,7 @@ def test_a_new_checkpoint_is_not_rotated_away_by_a_later_one_of_another_branch(
     train, tmp_path, capsys
 ):
     assert train("--steps 8 --keep_last 9") == 0
-    folder = tmp_path / "run" / "model_steps"
+    folder = tmp_path / "run" / "model.pt_steps"
     assert train("--resume", folder / "step_00000004.pt", "--steps 6 --keep_last 2") == 0
     assert steps(tmp_path / "run") == [4, 5, 6], "4 is the one resumed from"
     kept = sorted(p.name for p in folder.glob("*.previous"))
@@ -418,7 +418,7 @@ def test_a_new_checkpoint_is_not_rotated_away_by_a_later_one_of_another_branch(
 
 def test_an_unreadable_latest_checkpoint_does_not_cost_the_new_ones(train, tmp_path):
     assert train("--steps 4 --keep_last 1") == 0
-    torn = tmp_path / "run" / "model_steps" / "step_00000009.pt"
+    torn = tmp_path / "run" / "model.pt_steps" / "step_00000009.pt"
     torn.write_bytes(b"torn")
     assert train("--resume --steps 6") == 0
     assert steps(tmp_path / "run") == [4, 6] and Path(f"{torn}.previous").read_bytes() == b"torn"
@@ -427,8 +427,8 @@ def test_an_unreadable_latest_checkpoint_does_not_cost_the_new_ones(train, tmp_p
 def test_half_files_of_a_crash_are_cleared_away_and_others_are_not(train, tmp_path):
     assert train() == 0
     run = tmp_path / "run"
-    ours = [run / ".model.pt.123.tmp", run / "model_steps" / ".step_00000009.pt.123.tmp"]
-    others = [run / ".other.pt.123.tmp", run / "notes.tmp", run / "model_steps" / "notes.tmp"]
+    ours = [run / ".model.pt.123.tmp", run / "model.pt_steps" / ".step_00000009.pt.123.tmp"]
+    others = [run / ".other.pt.123.tmp", run / "notes.tmp", run / "model.pt_steps" / "notes.tmp"]
     for file in ours + others:
         file.write_bytes(b"half")
     assert train("--resume --steps 3") == 0
@@ -483,7 +483,7 @@ def test_weights_that_are_not_finite_are_never_loaded(
     train, main, tmp_path, capsys, kind, value, use
 ):
     assert train() == 0
-    source = tmp_path / "run" / "model_steps" / "step_00000002.pt"
+    source = tmp_path / "run" / "model.pt_steps" / "step_00000002.pt"
     saved = checkpoint(source)
     saved[kind]["conv_in.weight"].view(-1)[5] = value
     torch.save(saved, tmp_path / "bad.pt")
@@ -524,7 +524,7 @@ def test_a_run_of_the_old_program_is_opened_and_resumed(train, tmp_path):
     them."""
     assert train("--steps 4") == 0
     whole = checkpoint(tmp_path / "run" / "model.pt")
-    new = tmp_path / "run" / "model_steps" / "step_00000003.pt"
+    new = tmp_path / "run" / "model.pt_steps" / "step_00000003.pt"
     saved = checkpoint(new)
     old = saved["data"].replace(" images,", " pictures,").replace(" unreadable,", " bad,")
     assert re.search(r"24 pictures, .*0 bad,", old) and old != saved["data"]

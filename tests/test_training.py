@@ -56,7 +56,7 @@ def train(main, image_folder, tmp_path, quick_plots):
 
 
 def last_step(folder):
-    return checkpoint(sorted(Path(folder, "model_steps").glob("step_*.pt"))[-1])
+    return checkpoint(sorted(Path(folder, "model.pt_steps").glob("step_*.pt"))[-1])
 
 
 def differences(a, b, where=""):
@@ -144,7 +144,7 @@ def test_the_latest_that_can_be_read_is_resumed_and_a_named_one_is_that_one(
     train, tmp_path, capsys
 ):
     assert train(LIVELY, "--save_every 4 --keep_last 9") == 0
-    steps = tmp_path / "run" / "model_steps"
+    steps = tmp_path / "run" / "model.pt_steps"
     (steps / "step_00000012.pt").write_bytes(b"torn")
     assert train("--resume", steps / "step_00000012.pt") == 1, "an explicit path never falls back"
     capsys.readouterr()
@@ -207,7 +207,7 @@ def test_the_first_ema_updates_by_hand(train, tmp_path):
     """After n updates e <- d e + (1 - d) w with d = min(decay, (1 + n) / (10 + n))."""
     assert train("--steps 4 --save_every 1 --keep_last 9 --ema_decay 0.2 --lr 1e-2") == 0
     steps = [
-        checkpoint(tmp_path / "run" / "model_steps" / f"step_{n:08d}.pt") for n in (1, 2, 3, 4)
+        checkpoint(tmp_path / "run" / "model.pt_steps" / f"step_{n:08d}.pt") for n in (1, 2, 3, 4)
     ]
     for n, (before, after) in enumerate(zip(steps, steps[1:]), start=1):
         d = min(0.2, (1 + n) / (10 + n))
@@ -640,8 +640,8 @@ def test_the_files_that_a_run_writes(train, tmp_path, capsys):
     assert not grids
     assert {str(p.relative_to(run)) for p in run.rglob("*.pt")} == {
         "model.pt",
-        "model_steps/step_00000006.pt",
-        "model_steps/step_00000012.pt",
+        "model.pt_steps/step_00000006.pt",
+        "model.pt_steps/step_00000012.pt",
     }
     for file in (run / "samples").glob("*.png"):
         Image.open(file).load()
@@ -760,13 +760,13 @@ def test_the_grid_of_the_data_shows_the_training_images(train, tmp_path):
 @pytest.mark.parametrize("keep, expected", [(1, [7]), (2, [6, 7]), (3, [4, 6, 7])])
 def test_the_last_checkpoints_are_kept_and_no_others(train, tmp_path, keep, expected):
     assert train("--steps 7 --save_every 2 --keep_last", keep) == 0
-    names = sorted(p.name for p in (tmp_path / "run" / "model_steps").iterdir())
+    names = sorted(p.name for p in (tmp_path / "run" / "model.pt_steps").iterdir())
     assert names == [f"step_{n:08d}.pt" for n in expected]
 
 
 def test_the_checkpoint_that_was_resumed_from_is_kept(train, tmp_path):
     assert train("--steps 2") == 0
-    steps = tmp_path / "run" / "model_steps"
+    steps = tmp_path / "run" / "model.pt_steps"
     assert (
         train("--resume", steps / "step_00000002.pt", "--steps 8 --save_every 2 --keep_last 1") == 0
     )
@@ -780,13 +780,13 @@ def test_a_new_run_keeps_the_earlier_model(train, tmp_path, capsys):
         contents.append(
             (
                 (run / "model.pt").read_bytes(),
-                (run / "model_steps" / "step_00000001.pt").read_bytes(),
+                (run / "model.pt_steps" / "step_00000001.pt").read_bytes(),
             )
         )
     assert "model.pt.previous" in capsys.readouterr().out
-    kept = {p.read_bytes() for p in run.glob("model.pt*")}
+    kept = {p.read_bytes() for p in run.glob("model.pt*") if p.is_file()}
     assert kept == {model for model, _ in contents} and len(kept) == 3
-    assert {p.read_bytes() for p in run.glob("model_steps*/*.pt")} == {step for _, step in contents}
+    assert {p.read_bytes() for p in run.glob("model.pt_steps*/*.pt")} == {step for _, step in contents}
     assert (run / "model.pt.previous").read_bytes() == contents[0][0]
 
 
@@ -1040,7 +1040,7 @@ def test_a_loss_that_is_not_finite_stops_and_spoils_no_file(
         and "step_00000002.pt" in said
         and "--lr" in said
     )
-    assert [p.name for p in (tmp_path / "run" / "model_steps").iterdir()] == ["step_00000002.pt"]
+    assert [p.name for p in (tmp_path / "run" / "model.pt_steps").iterdir()] == ["step_00000002.pt"]
     ddpm.load_model(tmp_path / "run" / "model.pt")
 
 
@@ -1118,7 +1118,7 @@ def test_sigterm_to_the_real_program_then_resume(program, image_folder, tmp_path
 
 
 def last_step_of(folder):
-    return checkpoint(sorted(Path(folder, "saved_models", "denoise_model_steps").iterdir())[-1])[
+    return checkpoint(sorted(Path(folder, "saved_models", "denoise_model.pt_steps").iterdir())[-1])[
         "step"
     ]
 
@@ -1143,7 +1143,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_good_files(
     train, tmp_path, monkeypatch, capsys
 ):
     assert train("--steps 2 --save_every 1") == 0
-    good, real = tree(tmp_path / "run" / "model_steps"), torch.save
+    good, real = tree(tmp_path / "run" / "model.pt_steps"), torch.save
 
     def full(what, file):
         file.write(b"half of it")
@@ -1152,7 +1152,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_good_files(
     monkeypatch.setattr(torch, "save", full)
     assert train("--resume --steps 4") == 1
     assert "No space left" in capsys.readouterr().err
-    assert tree(tmp_path / "run" / "model_steps") == good and not list(tmp_path.rglob("*.tmp"))
+    assert tree(tmp_path / "run" / "model.pt_steps") == good and not list(tmp_path.rglob("*.tmp"))
     monkeypatch.setattr(torch, "save", real)
     assert train("--resume --steps 4") == 0
 

@@ -118,7 +118,7 @@ def arm(place, rng):
 def steps_of(folder):
     """The step checkpoints of the run, all of which have to be loadable: {step: checkpoint}."""
     found = {}
-    for file in sorted((folder / "model_steps").glob("step_*.pt")):
+    for file in sorted((folder / "model.pt_steps").glob("step_*.pt")):
         found[int(file.stem[5:])] = ddpm.read_checkpoint(file)
     return found
 

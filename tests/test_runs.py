@@ -1,0 +1,258 @@
+"""Two runs never hurt each other, and a run can move: names, locks, folders that several runs write
+to, and what may change between a run and its resumption."""
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, checkpoint, metrics, places, tree, words
+from PIL import Image
+
+import ddpm
+
+
+DOT = Image.new("L", (1, 1))
+SMALL = "--channel_mults 1 --attention none --num_samples 1 --sampling_steps 1"
+
+
+@pytest.fixture
+def train(main, image_folder, tmp_path, monkeypatch):
+    """train(*flags) trains a tiny model, by default run/model.pt, and returns the exit code. It
+    plots nothing, which would take longer than the training."""
+    monkeypatch.setattr(ddpm, "plot_schedules", lambda config, path: path)
+    monkeypatch.setattr(ddpm, "plot_loss", lambda rows, path: path)
+    monkeypatch.setattr(ddpm, "plot_rows", lambda rows, titles, path, *_: ddpm.save_png(DOT, path))
+
+    def run(*flags):
+        more = [] if "--resume" in words(*flags) else [TINY, SMALL, "--steps 2 --save_every 1"]
+        where = places(Path("run"), image_folder)
+        if "--resume" in words(*flags):  # only what is given
+            where = words("--download_dir run/data")
+        return main("--mode train", *more, *where, *flags)
+
+    return run
+
+
+def the_error(capsys):
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: "), last
+    return last
+
+
+def set_steps(folder):
+    return sorted(int(path.stem[5:]) for path in Path(folder).glob("step_*.pt"))
+
+
+# ---- one name for one thing
+
+
+def test_models_whose_names_differ_after_a_dot_have_folders_of_their_own(train):
+    for seed, name in enumerate(("lr0.001", "lr0.01")):
+        assert train("--model_path", f"m/{name}", "--steps 3 --seed", seed) == 0
+    before = tree("m")
+    assert train("--resume --steps 4 --model_path m/lr0.001") == 0
+    assert checkpoint("m/lr0.001")["config"]["seed"] == 0
+    after = tree("m")
+    assert all(after[name] == before[name] for name in before if name.startswith("lr0.01"))
+
+
+def test_a_folder_of_step_checkpoints_of_an_earlier_version_is_found(train, capsys):
+    assert train() == 0
+    Path("run/model.pt_steps").rename("run/model_steps")
+    assert train("--resume --steps 3 --model_path run/model.pt") == 0
+    assert "renamed   model_steps to model.pt_steps" in capsys.readouterr().out
+    assert set_steps("run/model.pt_steps") == [2, 3]
+
+
+def test_a_folder_of_an_earlier_version_that_is_another_models_is_left_alone(train, capsys):
+    assert train("--model_path m/lr0.01") == 0
+    Path("m/lr0.01_steps").rename("m/lr0_steps")
+    before = tree("m/lr0_steps")
+    assert train("--resume --model_path m/lr0.001") == 1
+    assert "Nothing to resume in m/lr0.001_steps" in the_error(capsys)
+    assert tree("m/lr0_steps") == before
+
+
+# ---- locks
+
+
+@contextlib.contextmanager
+def another_process_holds(path):
+    """Another process that has a lock file locked, as a run does, and its number."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    code = (
+        "import fcntl, os, platform, sys, time\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print(platform.node(), os.getpid(), file=file, end='', flush=True)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(100)"
+    )
+    command = [sys.executable, "-S", "-c", code, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_run_is_refused_while_another_writes_to_its_places(train, capsys):
+    assert train() == 0
+    with another_process_holds("run/.model.pt.lock") as other:
+        before = tree("run")
+        for flags in ("", "--resume --steps 4 --model_path run/model.pt"):
+            assert train(flags) == 1
+            said = the_error(capsys)
+            assert f"--model_path run/model.pt is in use by another run, process {other.pid}" in said
+        assert tree("run") == before
+        assert train("--model_path run/other.pt --samples_dir elsewhere") == 0
+        other.kill()
+        other.wait()
+        assert train() == 0, "SIGKILL leaves a lock file, and no lock"
+    assert not list(Path("run").rglob(".*.lock"))
+
+
+def test_two_models_cannot_write_to_one_samples_dir_at_once(train, capsys):
+    with another_process_holds("run/samples/.run.lock"):
+        assert train("--model_path other.pt") == 1
+    assert "--samples_dir run/samples is in use" in the_error(capsys)
+
+
+@pytest.mark.parametrize("silent, refused", [(60, True), (200, False)])
+def test_a_lock_of_another_machine_counts_while_its_time_is_renewed(
+    train, capsys, silent, refused
+):
+    path = Path("run/.model.pt.lock")
+    path.parent.mkdir()
+    path.write_text("elsewhere 77")
+    os.utime(path, times=(time.time() - silent,) * 2)
+    assert train() == refused
+    if refused:
+        assert "process 77 on elsewhere" in the_error(capsys)
+
+
+def test_a_run_renews_its_lock_and_removes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(ddpm, "HEARTBEAT", 0.01)
+    path = tmp_path / ".m.lock"
+    with ddpm.lock(path, "--model_path", "m"):
+        assert path.read_text() == f"{platform.node()} {os.getpid()}"
+        os.utime(path, times=(0, 0))
+        time.sleep(0.1)
+        assert path.stat().st_mtime > 1
+    assert not path.exists()
+
+
+def test_where_files_cannot_be_locked_the_time_of_the_file_decides(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    path = tmp_path / ".m.lock"
+    with ddpm.lock(path, "--model_path", "m"):
+        with pytest.raises(ddpm.UserError, match="in use"), ddpm.lock(path, "--model_path", "m"):
+            pass
+        os.utime(path, times=(0, 0))
+        with ddpm.lock(path, "--model_path", "m"):
+            pass
+
+
+def test_a_dry_run_needs_no_lock(train):
+    with another_process_holds("run/.model.pt.lock"):
+        assert train("--dry_run") == 0
+
+
+# ---- one folder of samples
+
+
+def test_a_new_run_keeps_the_metrics_and_images_of_the_earlier_one(train, capsys):
+    assert train("--steps 3") == 0
+    Path("run/samples/mine.png").write_bytes(b"mine")
+    before = tree("run/samples")
+    del before["mine.png"]
+    assert train("--steps 2 --seed 1") == 0
+    assert "metrics and images, in run/samples/previous" in capsys.readouterr().out
+    assert tree("run/samples/previous") == before and Path("run/samples/mine.png").exists()
+    assert train("--steps 2 --seed 2") == 0
+    assert tree("run/samples/previous") == before
+    assert metrics("run/samples/previous2")[0]["config"]["seed"] == 1
+
+
+def test_two_models_that_share_a_samples_dir_are_not_mixed(train):
+    assert train("--model_path a.pt --steps 2") == 0
+    assert train("--model_path b.pt --steps 3 --seed 1") == 0
+    assert train("--resume --steps 4 --model_path a.pt") == 0
+    head, rows = metrics("run/samples")
+    assert head["config"]["model_path"] == "a.pt" and [row["step"] for row in rows] == [3, 4]
+    _, rows = metrics("run/samples/previous2")
+    assert [row["step"] for row in rows] == [1, 2, 3], "of b.pt, whole"
+
+
+def test_a_damaged_metrics_file_is_kept(train):
+    assert train() == 0
+    Path("run/samples/metrics.jsonl").write_text("not mine to overwrite")
+    assert train("--resume --steps 3 --model_path run/model.pt") == 0
+    kept = Path("run/samples/previous/metrics.jsonl").read_text()
+    assert kept == "not mine to overwrite"
+
+
+def test_tensorboard_has_a_folder_for_each_run(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps(folder):
+        events = EventAccumulator(folder).Reload()
+        return [event.step for event in events.Scalars("loss")]
+
+    assert train("--logger tensorboard --steps 4") == 0
+    assert train("--logger tensorboard --steps 3 --seed 1") == 0
+    assert steps("run/samples/previous/tensorboard") == [1, 2, 3, 4]
+    assert steps("run/samples/tensorboard") == [1, 2, 3]
+    latest = "run/model.pt_steps/step_00000002.pt"
+    assert train("--resume", latest, "--steps 4 --logger tensorboard") == 0
+    assert steps("run/samples/tensorboard") == [1, 2, 3, 4], "each once"
+
+
+def test_a_resume_from_a_checkpoint_of_elsewhere_overwrites_no_other_run(train):
+    """The folder of a run that was set aside, or a single file that was copied out of it."""
+    assert train("--steps 3") == 0
+    assert train("--steps 2 --seed 1") == 0
+    of_second = {checkpoint(path)["config"]["seed"] for path in Path("run/model.pt_steps").iterdir()}
+    assert of_second == {1}
+    second = tree("run/model.pt_steps")
+    assert train("--resume run/model.pt_steps.previous/step_00000003.pt --steps 4") == 0
+    assert tree("run/model.pt_steps.previous2") == second
+    assert set_steps("run/model.pt_steps") == [4]
+    assert checkpoint("run/model.pt")["config"]["seed"] == 0
+
+
+# ---- names of classes
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("cats, small", ["cats, small"]),
+        ("dogs,cats, small", ["dogs", "cats, small"]),
+        ("cats, small , dogs", ["cats, small", "dogs"]),
+        ("cats,dogs", ["cats", "dogs"]),
+        ("cats, big", ["cats", "big"]),
+        (" padded ", [" padded "]),
+    ],
+)
+def test_names_of_classes_may_have_commas(text, names):
+    class_names = ["cats, small", "cats", "dogs", " padded "]
+    assert ddpm.split_classes(text, class_names) == names
+
+
+def test_a_class_with_a_comma_is_trained_and_sampled(main, train, tmp_path):
+    for name in ("cats, small", "dogs"):
+        Path("D", name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (16, 16), (40 * i, 90, 0)).save(Path("D", name, f"{i}.png"))
+    flags = ["--data_path D --steps 1 --classes", "cats, small"]
+    assert ddpm.main([*words("--mode train", TINY, SMALL), *words(*flags[:1]), flags[1]]) == 0
+    sample = words("--mode sample --num_samples 2 --sampling_steps 1 --classes")
+    assert ddpm.main([*sample, "cats, small, dogs"]) == 0
+    assert ddpm.main([*sample, "cats, tall"]) == 1
