@@ -33,6 +33,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import tempfile
@@ -107,7 +108,8 @@ class Config:
     """Every setting, its default and meaning. The command line is made of it. The defaults, which
     are also read as Config.steps and so on, are the recipe `animals`."""
     preset: str = flag("animals", "recipe; any other flag overrides it", group="recipe")
-    data_path: str = flag("animal_data", f"folder, or one of {' '.join(DATASETS)}", group="data")
+    data_path: str = flag("animal_data", f"folder, or one of {' '.join(DATASETS)}", group="data",
+                          change_on=RESUME)
     download_dir: str = flag("data", "folder for downloads and decoded images", change_on=RESUME)
     image_size: int = flag(64, "side of the square images, in pixels", 8, 1024)
     max_images: int | None = flag(None, "use at most N random images (default: all)", 1, 10**12)
@@ -141,7 +143,7 @@ class Config:
                                  change_on=RESUME)
     batch_size: int = flag(16, "images per optimiser step, over all processes", 1, 10**6)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change_on=RESUME)
-    lr: float = flag(2.5e-3, "learning rate after warm-up", 1e-9, 10)
+    lr: float = flag(2.5e-3, "learning rate after warm-up", 1e-9, 10, change_on=RESUME)
     optimizer: str = flag("muon", "optimiser", choices="adam adamw muon")
     weight_decay: float = flag(0.0, "weight decay, decoupled with adamw", 0, 10)
     lr_schedule: str = flag("cosine", "learning rate after warm-up", choices="constant cosine")
@@ -149,7 +151,7 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off", 0, 1e9)
     ema_decay: float = flag(0.999, "largest decay of the EMA weights; 0 is off", 0, 0.999999)
     precision: str = flag("auto", "number format of the network; auto: bf16 where it is built in",
-                          choices="auto fp32 bf16 fp16", change_on=SAMPLE)
+                          choices="auto fp32 bf16 fp16", change_on=BOTH)
     compile: bool = flag(False, "torch.compile the network: for long GPU runs", change_on=RESUME)
     checkpointing: bool = flag(False, "recompute activations to save memory (unet)",
                                change_on=RESUME)
@@ -1490,6 +1492,8 @@ def choose_device(name):
         return torch.device(name)
     index = int(os.environ.get("LOCAL_RANK", 0))
     count = torch.cuda.device_count()
+    if count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        index = 0  # Slurm can show each process a GPU of its own
     require(index < count, f"Process {index} has no GPU: there are {count}. Give torchrun "
             "--nproc_per_node as many, or --device cpu.")
     torch.cuda.set_device(index)  # or every process would use the first one too
@@ -1712,7 +1716,8 @@ class TrainState:
         load_weights(self.ema, checkpoint["ema"], path)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.scaler.load_state_dict(checkpoint["scaler"])
+            if checkpoint["scaler"] and self.scaler.is_enabled():  # or --precision was changed
+                self.scaler.load_state_dict(checkpoint["scaler"])
         except Exception as e:  # they do not check what they are given
             message = f"{path} has no state of this optimiser ({printable(e)}): use another."
             raise UserError(message) from None
@@ -1720,9 +1725,14 @@ class TrainState:
         self.seconds_before = checkpoint["seconds"]
 
     def fail_non_finite(self, what, step):
-        *_, last = "none yet", *step_files(self.config.model_path)
+        remedy = "a lower --lr"
+        if self.precision != "fp32":
+            remedy = f"--precision fp32 or {remedy}"
+        advice = f"No checkpoint yet: start again with {remedy}."
+        for last in step_files(self.config.model_path)[-1:]:
+            advice = f"Resume the last good checkpoint with --resume {last} and {remedy}."
         raise UserError(f"Non-finite {what} at step {step} (lr {self.lr:.2g}, {self.precision}). "
-                        f"Last good checkpoint: {last}. Try --precision fp32 or a lower --lr.")
+                        f"{advice}")
 
 class LossMeter:
     """The training loss since the last `read`, in all and by quarter of the timesteps, and the step
@@ -1778,7 +1788,24 @@ def resumed_config(checkpoint, path, given):
     require(has_types(checkpoint, types), f"{path} is a model to sample from, not all that is "
             f"needed to resume a run: give --resume one of {step_folder(path)}, or start a new run "
             f"with --init_from {path}.")
-    return merged_config(checkpoint, path, given | dict(resume=str(path)), changeable("resume"))
+    given = places_beside(path, checkpoint["config"]) | given | dict(resume=str(path))
+    return merged_config(checkpoint, path, given, changeable("resume"))
+
+def places_beside(path, stored):
+    """The model_path and samples_dir of a run, resumed from a step checkpoint at this path, whose
+    folder may have been moved, copied or renamed. stored: the settings in the checkpoint."""
+    steps = Path(path).parent
+    model = Path(stored["model_path"])
+    samples = Path(stored["samples_dir"])
+    name = steps.name.removesuffix("_steps")
+    if name == steps.name:  # no folder of step checkpoints
+        return {}
+    if name == model.stem:  # as it was called in earlier versions
+        name = model.name
+    places = dict(model_path=str(steps.with_name(name)))
+    if samples.is_relative_to(model.parent):
+        places["samples_dir"] = str(steps.parent / samples.relative_to(model.parent))
+    return places
 
 def train_run(config, checkpoint=None):
     """Train from the start, or on from a step checkpoint. Returns the model's path."""
@@ -1796,12 +1823,16 @@ def train_locked(config, runtime, checkpoint):
     if not images.class_names:
         config = override(config, guidance=1.0)  # there is no class to guide by
     torch.manual_seed(config.seed)
-    model = build_model(config, images.channels, images.class_names)
+    new_config = override(config, pretrained=False) if checkpoint else config
+    model = build_model(new_config, images.channels, images.class_names)
     origin = load_matching_weights(model, initial, config.init_from) if initial else None
     state = TrainState(config, model, images, runtime)
     if checkpoint:
         state.load(checkpoint, config.resume)
         origin = f"resuming  {config.resume} at step {state.step}"
+        if state.progress() >= 1:
+            lengths = [name for name in LENGTHS if getattr(config, name)]
+            origin += f": the run is finished. To train on, give a larger --{lengths[0]}"
         checkpoint.clear()  # or it would take memory to the end
     diffusion = make_diffusion(config, runtime.device)
     print_banner(config, state, runtime, origin)
@@ -1828,7 +1859,7 @@ def check_run(config, runtime):
     n = runtime.world_size * config.grad_accum
     require(config.batch_size % n == 0, f"--batch_size {config.batch_size} does not split into {n} "
             f"({runtime.world_size} processes, --grad_accum {config.grad_accum}): use a multiple "
-            f"of {n}.")
+            f"of {n}, or to resume another --grad_accum or number of processes.")
     if config.arch != "unet":  # BatchNorm needs two values
         deepest_side = padded_size(config.image_size) // total_stride(config)
         require(deepest_side > 1 or config.batch_size > n, f"--batch_size {config.batch_size} "
@@ -1848,7 +1879,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             finished = agreement.progress >= 1
             stop_signal = 0 if finished else agreement.stop_signal  # a finished run was not stopped
             leaving = finished or stop_signal > 0
-            is_new = state.step > start_step  # what a run starts from is saved and shown already
+            is_new = finished or state.step > start_step  # the others are saved and shown already
             preview_due = is_new and (finished or state.step % config.sample_every == 0)
             save_due = is_new and (leaving or preview_due or state.step % config.save_every == 0)
             if save_due or state.step % config.log_every == 0:
@@ -2017,7 +2048,7 @@ def close_run(config, runtime, logger, stop_signal):
     """Print how a run ended and what it wrote."""
     if stop_signal:
         print(f"Stopped by {signal.Signals(stop_signal).name} and saved. To continue: --mode train "
-              f"--resume --model_path {config.model_path}")
+              f"--resume --model_path {shlex.quote(config.model_path)}")
     print(f"memory    at most {peak_memory(runtime.device)} MB were in use")
     print_files([file for file in logger.files if Path(file).exists()])  # old checkpoints are gone
 

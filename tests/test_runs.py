@@ -4,13 +4,18 @@ to, and what may change between a run and its resumption."""
 import contextlib
 import os
 import platform
+import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, checkpoint, metrics, places, tree, words
+import torch
+from conftest import TINY, before_step, checkpoint, metrics, places, tree, words
 from PIL import Image
 
 import ddpm
@@ -109,7 +114,8 @@ def test_a_run_is_refused_while_another_writes_to_its_places(train, capsys):
         for flags in ("", "--resume --steps 4 --model_path run/model.pt"):
             assert train(flags) == 1
             said = the_error(capsys)
-            assert f"--model_path run/model.pt is in use by another run, process {other.pid}" in said
+            assert "--model_path run/model.pt is in use by another run" in said
+            assert f"process {other.pid} on" in said
         assert tree("run") == before
         assert train("--model_path run/other.pt --samples_dir elsewhere") == 0
         other.kill()
@@ -256,3 +262,139 @@ def test_a_class_with_a_comma_is_trained_and_sampled(main, train, tmp_path):
     sample = words("--mode sample --num_samples 2 --sampling_steps 1 --classes")
     assert ddpm.main([*sample, "cats, small, dogs"]) == 0
     assert ddpm.main([*sample, "cats, tall"]) == 1
+
+
+# ---- a run that moves
+
+
+@pytest.fixture
+def own_images(image_folder, tmp_path):
+    """A copy of the images that a test may move: its path."""
+    shutil.copytree(image_folder, tmp_path / "D")
+    return Path("D")
+
+
+def test_images_that_were_moved_are_accepted_and_others_are_not(train, own_images, capsys):
+    assert train("--data_path D") == 0
+    own_images.rename("E")
+    assert train("--resume --steps 3 --model_path run/model.pt") == 1
+    assert "No folder D: give --data_path" in the_error(capsys)
+    assert train("--resume --steps 3 --model_path run/model.pt --data_path E") == 0
+    assert checkpoint("run/model.pt")["config"]["data_path"] == "E"
+    Path("E/disc/0.png").unlink()
+    assert train("--resume --steps 4 --model_path run/model.pt") == 1
+    assert "was trained on other data" in the_error(capsys)
+
+
+def test_a_copied_folder_is_resumed_in_the_copy(train):
+    assert train() == 0
+    before = tree("run")
+    shutil.copytree("run", "copy")
+    assert train("--resume copy/model.pt_steps/step_00000002.pt --steps 3") == 0
+    assert tree("run") == before
+    assert checkpoint("copy/model.pt")["step"] == 3
+    assert [row["step"] for row in metrics("copy/samples")[1]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "resumed, model, samples",
+    [
+        ("m/a.pt_steps/step_1.pt", "m/a.pt", "m/samples"),  # where it was
+        ("/new/a.pt_steps/step_1.pt", "/new/a.pt", "/new/samples"),
+        ("new/b.pt_steps/step_1.pt", "new/b.pt", "new/samples"),  # renamed
+        ("new/a_steps/step_1.pt", "new/a.pt", "new/samples"),  # of an earlier version
+        ("a.pt_steps.previous/step_1.pt", None, None),
+        ("step_1.pt", None, None),
+    ],
+)
+def test_where_a_resumed_run_writes(resumed, model, samples):
+    places = ddpm.places_beside(resumed, dict(model_path="m/a.pt", samples_dir="m/samples"))
+    assert (places.get("model_path"), places.get("samples_dir")) == (model, samples)
+    elsewhere = ddpm.places_beside(resumed, dict(model_path="m/a.pt", samples_dir="samples"))
+    assert "samples_dir" not in elsewhere, "it is not part of the folder that moved"
+
+
+def test_precision_and_learning_rate_may_change_on_resuming(train):
+    assert train() == 0
+    fp16 = checkpoint("run/model.pt_steps/step_00000002.pt")
+    fp16["config"]["precision"] = "fp16"
+    fp16["scaler"] = dict(
+        scale=2.0**16, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, _growth_tracker=0
+    )
+    torch.save(fp16, "run/model.pt_steps/step_00000002.pt")
+    more = "--resume --steps 3 --model_path run/model.pt"
+    assert train(more) == 1, "this machine has no CUDA"
+    assert train(more, "--precision bf16 --lr 1e-4") == 0
+    config = checkpoint("run/model.pt")["config"]
+    assert (config["precision"], config["lr"]) == ("bf16", 1e-4)
+
+
+def test_the_advice_after_a_loss_that_is_not_finite_can_be_followed(train, monkeypatch, capsys):
+    loss = ddpm.Diffusion.loss
+    steps = iter(range(100))
+
+    def not_finite_at_the_third(*args):
+        return loss(*args) * (float("nan") if next(steps) == 2 else 1)
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", not_finite_at_the_third)
+    assert train("--steps 4 --precision bf16") == 1
+    advice = re.search(r"(--resume \S+) and (--precision fp32) or a lower (--lr)", the_error(capsys))
+    assert train(*advice.group(1, 2)) == 0
+    monkeypatch.setattr(ddpm.Diffusion, "loss", loss)
+    assert train(advice[1], advice[3], "1e-5") == 0
+
+
+def test_a_finished_run_says_so_and_how_to_go_on(train, capsys):
+    assert train() == 0
+    Path("run/model.pt").unlink()  # as by a crash before it was written
+    assert train("--resume --model_path run/model.pt") == 0
+    assert "the run is finished. To train on, give a larger --steps" in capsys.readouterr().out
+    assert checkpoint("run/model.pt")["step"] == 2
+    assert train("--resume --model_path run/model.pt --steps 3") == 0
+    assert "run is finished" not in capsys.readouterr().out
+
+
+def test_a_run_from_pretrained_weights_resumes_without_them(train, monkeypatch):
+    """They are in the checkpoint already, and a machine without a network could not resume."""
+    pretrained = []
+    build = ddpm.build_model
+
+    def build_model(config, *args):
+        pretrained.append(config.pretrained)
+        return build(config, *args)
+
+    monkeypatch.setattr(ddpm, "build_model", build_model)
+    assert train("--pretrained --steps 1") == 0  # which is for resnet18, and expensive
+    assert train("--resume --steps 2 --model_path run/model.pt") == 0
+    assert pretrained == [True, False] and checkpoint("run/model.pt")["config"]["pretrained"]
+
+
+@pytest.mark.parametrize(
+    "environment, index",
+    [({"LOCAL_RANK": "1"}, 0), ({"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, None)],
+)
+def test_the_only_gpu_that_a_process_sees_is_its_own(monkeypatch, environment, index):
+    """Slurm can show each process one GPU; torchrun with too many processes is still told."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if index is None:
+        with pytest.raises(ddpm.UserError, match="Process 1 has no GPU"):
+            ddpm.choose_device("cuda")
+    else:
+        assert ddpm.choose_device("cuda") == torch.device("cuda", index)
+
+
+def test_the_command_to_continue_can_be_pasted(train, monkeypatch, capsys):
+    before_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    where = ["--model_path", "my models/m.pt"]
+    assert ddpm.main([*words("--mode train", TINY, SMALL, "--data_path"), "D", *where]) == 1
+    Path("D").mkdir()
+    Image.new("RGB", (16, 16)).save("D/1.png")
+    with pytest.raises(SystemExit):
+        ddpm.main([*words("--mode train", TINY, SMALL, "--data_path"), "D", *where])
+    command = capsys.readouterr().out.partition("To continue: ")[2].splitlines()[0]
+    assert ddpm.main([*shlex.split(command), "--steps", "3"]) == 0
