@@ -70,6 +70,15 @@ def printable(text):
     """The text with all that could steer a terminal or break the line escaped, as in \\x1b."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
+@contextlib.contextmanager
+def optional(what):
+    """A failure while in this context is a warning, and the program goes on."""
+    try:
+        yield
+    except Exception as e:
+        message = f"warning: {what} failed ({type(e).__name__}: {e}); going on without"
+        print(printable(message), file=sys.stderr)
+
 def evenly_spaced(items, n):
     """Up to n elements of an array, evenly spaced from the first to the last."""
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
@@ -311,6 +320,31 @@ def check_sampling(config):
             "--interpolate and --init_image cannot be combined: give one.")
     require(config.interpolate != config.seed,
             f"--interpolate {config.interpolate} is --seed as well: give two different ones.")
+
+def without_effect(config):
+    """Settings that a Config does not make use of, {name: the flag that is why}."""
+    arch = f"--arch {config.arch}"
+    unused = {}
+    if config.arch != "unet":
+        names = ("channel_mults", "patch", "res_blocks", "attention", "attention_at", "dropout")
+        unused = dict.fromkeys(names, arch)
+    if config.arch == "resnet18":
+        unused["channels"] = arch
+    else:
+        unused["pretrained"] = arch
+    if config.attention == "none":
+        unused["attention_at"] = "--attention none"
+    if config.sampler != "ddim":
+        unused["eta"] = f"--sampler {config.sampler}"
+    if not config.class_cond:
+        unused |= dict.fromkeys(("label_dropout", "guidance"), "--no_class_cond")
+    return unused
+
+def warn_of_unused(config, given):
+    """Print which of the settings `given` have no effect."""
+    for name, reason in without_effect(config).items():
+        if given.get(name, FIELDS[name].default) != FIELDS[name].default:
+            print(f"warning: --{name} has no effect with {reason}")
 
 def check_network(config):
     require(config.channel_mults, "--channel_mults is empty: give a number per stage, as in 1 2 2.")
@@ -1303,6 +1337,8 @@ def merged_config(checkpoint, path, given, changes):
     config = stored_config(checkpoint, path)
     for name, value in given.items():
         stored = getattr(config, name)
+        require(name in changes or FIELDS[name].metadata["stored"],
+                f"--{name} is for --mode train: leave it out.")
         require(name in changes or value == stored, f"--{name} {value} contradicts {path}, where "
                 f"it is {stored}: leave it out or train anew.")
     return override(config, **given)
@@ -1428,17 +1464,47 @@ def unused(path):
         n += 1
     return numbered
 
-def load_matching_weights(model, checkpoint, path):
-    """Load those weights of a checkpoint that fit a new model. Returns a line about the others."""
+def load_matching_weights(model, checkpoint, config):
+    """Load those weights of the checkpoint of --init_from that fit a new model. Returns a line
+    about the others. UserError if most do not fit."""
+    path = config.init_from
+    stored = stored_config(checkpoint, path)
     own = model.state_dict()
     given = checkpoint.get("ema", checkpoint["weights"])
     fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     if checkpoint["classes"] != model.class_names:  # rows of the label table mean other classes
         fitting.pop("embed.labels.weight", None)
-    require(fitting, f"Nothing in {path} fits this network: choose the same --arch and --channels.")
+    remedy = ", ".join(differences(stored, config, NETWORK)) or "another checkpoint"
+    fraction = count_weights(fitting) / count_weights(own)
+    require(fraction > 0.25, f"Only {100 * fraction:.0f} % of the network's weights fit "
+            f"{path}: use {remedy}.")
+    other_meaning = ", ".join(differences(stored, config, DIFFUSION))
+    if other_meaning:
+        print(f"warning: {path} was trained with {other_meaning}: its weights mean something else "
+              "here, and may be worse than none")
     model.load_state_dict(fitting, strict=False)
     new = ", ".join([name for name in own if name not in fitting][:6]) or "none"
     return f"start     from {path}: {len(fitting)} of {len(own)} tensors; new: {new}"
+
+def count_weights(state_dict):
+    return sum(tensor.numel() for tensor in state_dict.values())
+
+# The settings that weights depend on: for their shapes, and for what they compute.
+NETWORK = ("arch", "channels", "channel_mults", "patch", "res_blocks", "attention", "attention_at")
+DIFFUSION = ("predict", "timesteps", "schedule", "beta_start", "beta_end")
+
+def differences(stored, config, names):
+    """Those of the settings in which a stored Config differs from another, as its flags."""
+    values = {name: getattr(stored, name) for name in names}
+    differing = {k: v for k, v in values.items() if v != getattr(config, k)}
+    return [flag_text(name, value) for name, value in differing.items()]
+
+def flag_text(name, value):
+    """A setting as it is given on the command line, as in --channel_mults 1 2."""
+    if value in (None, ()):
+        return f"no --{name}"
+    values = value if isinstance(value, tuple) else (value,)
+    return f"--{name} {' '.join(map(str, values))}"
 
 # ---------------------------------------------------------------------------- devices and processes
 
@@ -1821,11 +1887,14 @@ def train_locked(config, runtime, checkpoint):
     images = load_images(config, runtime.device)
     keep_memory()  # not before: decoding large images takes much that is not needed again
     if not images.class_names:
+        for name in ("guidance", "label_dropout"):
+            if getattr(config, name) not in (FIELDS[name].default, 1):
+                print(f"warning: --{name} has no effect: there are no classes to learn")
         config = override(config, guidance=1.0)  # there is no class to guide by
     torch.manual_seed(config.seed)
     new_config = override(config, pretrained=False) if checkpoint else config
     model = build_model(new_config, images.channels, images.class_names)
-    origin = load_matching_weights(model, initial, config.init_from) if initial else None
+    origin = load_matching_weights(model, initial, config) if initial else None
     state = TrainState(config, model, images, runtime)
     if checkpoint:
         state.load(checkpoint, config.resume)
@@ -1851,6 +1920,8 @@ def train_locked(config, runtime, checkpoint):
 
 def check_run(config, runtime):
     """UserError if the run would train on its own output, or its batches do not split up."""
+    for name in ("individual", "init_image", "mask", "strength", "interpolate"):
+        require(getattr(config, name) is None, f"--{name} is for --mode sample: leave it out.")
     samples_dir = Path(config.samples_dir).resolve()
     data_path = Path(config.data_path).resolve()
     require(not samples_dir.is_relative_to(data_path),
@@ -2041,7 +2112,8 @@ def open_run(config, state):
     os.remove(atomic_write(folder / "probe", lambda f: None))  # fails now if it cannot be written
     logger = MetricsLogger(config, tracker)
     logger.start(state.images.fingerprint, state.step if continues else 0)
-    logger.files += write_start_plots(config, state.images)
+    with optional("the plots of the start"):
+        logger.files += write_start_plots(config, state.images)
     return logger
 
 def close_run(config, runtime, logger, stop_signal):
@@ -2143,18 +2215,27 @@ class MetricsLogger:
             self.rows = [row for row in rows if row["step"] <= step]
         else:
             set_aside_samples(self.folder)
-        head = dict(config=dataclasses.asdict(self.config), data=data, torch=torch.__version__,
-                    torchvision=torchvision.__version__, python=platform.python_version())
-        text = "".join(json.dumps(row) + "\n" for row in [head, *self.rows])
-        self.files.append(atomic_write(self.path, lambda f: f.write(text.encode())))
+        self.head = dict(
+            config=dataclasses.asdict(self.config), data=data, torch=torch.__version__,
+            torchvision=torchvision.__version__, python=platform.python_version())
+        self.files.append(self.write())
         self.tracker.start(step)
+
+    def write(self):
+        """Write metrics.jsonl as a whole. Returns its path."""
+        text = "".join(json.dumps(row) + "\n" for row in [self.head, *self.rows])
+        return atomic_write(self.path, lambda f: f.write(text.encode()))
 
     def log(self, state, **values):
         """Append a row, and log the numbers in it to the tracker."""
         row = dict(step=state.step, **values, seconds=round(state.seconds(), 1))
         self.rows.append(row)
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        with optional("writing metrics.jsonl"):
+            if not self.path.exists():  # somebody removed it
+                self.write()
+            else:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(row) + "\n")
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
         for q, loss in enumerate(values.get("loss_quarters", ()), 1):
             if loss is not None:
@@ -2169,13 +2250,14 @@ class MetricsLogger:
 
     def log_preview(self, state, preview):
         """Write the grids of a Preview, its validation loss and the loss graph."""
-        grids = write_previews(preview, state.epochs(), state.images.class_names, self.folder)
-        self.files += grids.values()
-        tracked = {name: grids[name] for name in ("compared", "generated")}
-        self.tracker.log_images(state.step, tracked)
         if preview.validation_loss is not None:
             self.log(state, validation_loss=preview.validation_loss)
-        self.files.append(plot_loss(self.rows, self.folder / "loss_graph.png"))
+        with optional("writing the grids"):
+            grids = write_previews(preview, state.epochs(), state.images.class_names, self.folder)
+            self.files += grids.values()
+            tracked = {name: grids[name] for name in ("compared", "generated")}
+            self.tracker.log_images(state.step, tracked)
+            self.files.append(plot_loss(self.rows, self.folder / "loss_graph.png"))
 
 class Tracker:
     """Logs to what --logger names: TensorBoard, Weights & Biases or, with none, nothing."""
@@ -2194,33 +2276,52 @@ class Tracker:
 
     def start(self, step):
         """Begin at a step; of a run that is resumed, what was logged beyond it is hidden."""
-        if self.kind == "tensorboard":
-            self.writer = self.open_writer(self.folder, purge_step=step + 1)
+        with self.tolerated():
+            if self.kind == "tensorboard":
+                self.writer = self.open_writer(self.folder, purge_step=step + 1)
 
     def log_numbers(self, step, numbers):
-        if self.kind == "tensorboard":
-            for name, value in numbers.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
-        elif self.kind == "wandb":
-            self.run.log(numbers, step=step)
+        with self.tolerated():
+            if self.kind == "tensorboard":
+                for name, value in numbers.items():
+                    self.writer.add_scalar(name, value, step)
+                self.writer.flush()
+            elif self.kind == "wandb":
+                self.run.log(numbers, step=step)
 
     def log_images(self, step, paths):
-        if self.kind == "tensorboard":
-            for name, path in paths.items():
-                pixels = np.asarray(Image.open(path).convert("RGB"))
-                self.writer.add_image(name, pixels, step, dataformats="HWC")
-            self.writer.flush()
-        elif self.kind == "wandb":
-            self.run.log({name: self.to_image(path) for name, path in paths.items()}, step=step)
+        with self.tolerated():
+            if self.kind == "tensorboard":
+                for name, path in paths.items():
+                    pixels = np.asarray(Image.open(path).convert("RGB"))
+                    self.writer.add_image(name, pixels, step, dataformats="HWC")
+                self.writer.flush()
+            elif self.kind == "wandb":
+                images = {name: self.to_image(path) for name, path in paths.items()}
+                self.run.log(images, step=step)
+
+    @contextlib.contextmanager
+    def tolerated(self):
+        """A failure while in this context ends the logging, not the training."""
+        with optional(f"--logger {self.kind}"):
+            try:
+                yield
+            except Exception:
+                self.kind = "none"
+                raise
 
 def make_tracker(config):
-    """The Tracker of --logger. UserError if its package is missing."""
+    """The Tracker of --logger. UserError if a package is missing, or nobody is logged in."""
     try:
         return Tracker(config)
-    except ImportError:
-        name = config.logger
-        raise UserError(f"--logger {name} needs its package: pip install {name}") from None
+    except ImportError as e:
+        package = (e.name or config.logger).rpartition(".")[2]
+        raise UserError(f"--logger {config.logger} needs the package {package}: "
+                        f"pip install {package}") from None
+    except Exception as e:  # of wandb
+        raise UserError(
+            f"--logger {config.logger} cannot start ({e}). Log in with: wandb login; or set "
+            "WANDB_MODE=offline; or leave out --logger.") from None
 
 # ----------------------------------------------------------------------------------------- sampling
 
@@ -2402,6 +2503,9 @@ def write_samples(config, pixels, frames, class_names, labels, text):
     folder = Path(config.samples_dir)
     names = [class_names[label] if label >= 0 else "" for label in labels]
     files = []
+    if config.individual:
+        for i, image in enumerate(to_images(pixels)):
+            files.append(save_png(image, Path(config.individual, f"{i:05d}.png"), text))
     if config.interpolate is None:
         shown = pixels[:2500]  # nobody looks at more
         asked_for = class_names
@@ -2412,12 +2516,10 @@ def write_samples(config, pixels, frames, class_names, labels, text):
     else:
         files.append(save_grid(pixels, folder / "interpolation.png", len(pixels), text))
         files.append(save_gif(there_and_back(pixels), folder / "interpolation.gif"))
-    if config.individual:
-        for i, image in enumerate(to_images(pixels)):
-            files.append(save_png(image, Path(config.individual, f"{i:05d}.png"), text))
     if config.gif:
         files.append(save_gif([images for _, images in frames], folder / "denoising.gif"))
-    files.append(plot_trajectory(frames, names, folder / "denoising_steps.png", text))
+    with optional("plotting denoising_steps.png"):
+        files.append(plot_trajectory(frames, names, folder / "denoising_steps.png", text))
     return files
 
 # ---------------------------------------------------------------------------------- grids and plots
@@ -2439,7 +2541,7 @@ def to_images(pixels):
 
 def prefixed(text):
     """Text entries of a PNG, {key: value}, as they are called in the file."""
-    return {f"ddpm:{key}": str(value) for key, value in (text or {}).items()}
+    return {f"ddpm:{key}": printable(value) for key, value in (text or {}).items()}
 
 def save_png(image, path, text=None):
     """Write a PIL image, with text entries in the file. Returns the absolute path."""
@@ -2538,8 +2640,18 @@ def plot_trajectory(frames, names, path, text=None):
     chosen = [frames[i] for i in evenly_spaced(np.arange(len(frames)), 9)]
     titles = [f"t = {t}" if t >= 0 else "result" for t, _ in chosen]
     columns = torch.stack([images[:5] for _, images in chosen], dim=1)  # (n, columns, C, H, W)
-    rows = {f"{name} {i}": row for i, (name, row) in enumerate(zip(names, columns), 1)}
+    rows = {f"{axis_label(name)} {i}": row for i, (name, row) in enumerate(zip(names, columns), 1)}
     return plot_rows(rows, titles, path, text)
+
+def axis_label(name):
+    """A name as it can stand beside a row of images: short, and "" if the font lacks a letter."""
+    from matplotlib.font_manager import findfont, get_font  # not at the top: see `new_figure`
+    name = printable(name)
+    if len(name) > 10:
+        name = name[:9] + "…"
+    font = get_font(findfont("DejaVu Sans"))
+    drawable = all(font.get_char_index(ord(letter)) for letter in name)
+    return name.replace("$", r"\$") if drawable else ""  # $ begins a formula
 
 def smooth(values):
     """The mean of each value and up to len / 40 neighbours on either side, fewer at the ends."""
@@ -2596,8 +2708,8 @@ def write_previews(preview, epochs, class_names, folder):
     columns = grid_columns(len(preview.generated), class_names)
     grids = {name: save_grid(pixels, folder / f"{name}{ending}", len(pixels))
              for name, pixels in rows.items()}
-    grids["compared"] = plot_rows(rows, titles, folder / f"compared{ending}")
     grids["generated"] = save_grid(preview.generated, folder / f"generated{ending}", columns)
+    grids["compared"] = plot_rows(rows, titles, folder / f"compared{ending}")
     return grids
 
 def print_files(files):
@@ -2710,12 +2822,19 @@ def run_mode(mode, given):
         path = find_model(given.get("model_path", Config.model_path))
         checkpoint = read_checkpoint(path)
         config = sampling_config(checkpoint, path, given)
+        warn_of_unused(config, given)
         sample_run(override(config, model_path=path), checkpoint)
-    elif "resume" in given:
+        return
+    checkpoint = None
+    if "resume" in given:
         path, checkpoint = find_resume(override(Config(), **given))
-        train_run(resumed_config(checkpoint, path, given), checkpoint)
+        config = resumed_config(checkpoint, path, given)
     else:
-        train_run(preset(given.get("preset", Config.preset), **given))
+        config = preset(given.get("preset", Config.preset), **given)
+    warn_of_unused(config, given)
+    if "gif" in given:
+        print("warning: --gif has no effect with --mode train")
+    train_run(config, checkpoint)
 
 def main(argv=None):
     """Run a command line and return its exit code."""

@@ -454,6 +454,7 @@ def load(given, features_path):
     changes = {name for names in FLAGS.values() for name in names}
     config = ddpm.sampling_config(checkpoint, path, given, changes)
     ddpm.check(config)
+    ddpm.warn_of_unused(config, given)
     with_features = features_path or "num_samples" in given
     require(config.num_samples > 1 or not with_features,
             "--num_samples 1: FID and KID need two images or more.")
@@ -627,10 +628,11 @@ def report(setup, measured):
         ema=config.ema, config=dataclasses.asdict(config), torch=torch.__version__,
         torchvision=torchvision.__version__, python=platform.python_version())
     written = json.dumps(result, indent=1).encode()
-    ddpm.print_files([
-        plot_by_timestep(measured.sets, folder / "loss_by_timestep.png"),
-        plot_copies(measured.pairs, folder / "nearest.png"),
-        ddpm.atomic_write(folder / "evaluation.json", lambda f: f.write(written))])
+    files = [ddpm.atomic_write(folder / "evaluation.json", lambda f: f.write(written))]
+    with ddpm.optional("plotting"):
+        files.append(plot_by_timestep(measured.sets, folder / "loss_by_timestep.png"))
+        files.append(plot_copies(measured.pairs, folder / "nearest.png"))
+    ddpm.print_files(files)
     return result
 
 def evaluate(given, features=None, bpd_timesteps=50, bpd_pictures=64):

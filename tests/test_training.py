@@ -166,7 +166,7 @@ def test_nothing_to_resume_is_an_error(train, tmp_path, capsys):
     "flag, value, was",
     [
         ("--channels", "16", "8"),
-        ("--lr", "0.5", "0.003"),
+        ("--grad_clip", "0.5", "1.0"),
         ("--seed", "3", "0"),
         ("--schedule", "linear", "cosine"),
         ("--batch_size", "8", "4"),
