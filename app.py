@@ -251,10 +251,10 @@ class Upload(io.BytesIO):
     def __repr__(self):
         return self.name
 
-def upload(label, size, channels):
+def upload(label, size, channels, white=None):
     """The image that the user gives: its name and itself, (1, channels, size, size) in [-1, 1]; or
-    None."""
-    file = st.file_uploader(label, [suffix[1:] for suffix in ddpm.SUFFIXES])
+    None. white: as in ddpm.decode."""
+    file = st.file_uploader(label, [suffix[1:] for suffix in sorted(ddpm.image_suffixes())])
     if not file:
         return None
     try:
@@ -264,7 +264,7 @@ def upload(label, size, channels):
         pixels = 0
     ddpm.require(pixels <= 10**8,
                  f"{file.name} has {pixels / 1e6:.0f} million pixels: give at most 100.")
-    return file.name, ddpm.load_image(Upload(file), size, channels)
+    return file.name, ddpm.load_image(Upload(file), size, channels, white)
 
 # --------------------------------------------------------------------------------------------- edit
 
@@ -307,7 +307,7 @@ def edit(key):
     if task == "Between two seeds":
         return form(task, key, "Go from one to the other", extra=second_seed)
     label = "Your image; its central square is used"
-    given = upload(label, config.image_size, model.image_channels)
+    given = upload(label, config.image_size, model.image_channels, model.white)
     if not given:
         return st.info("Give an image, then choose what to do with it.")
     name, image = given
@@ -378,7 +378,7 @@ def plots(key, image):
 def look_inside(key):
     model, diffusion, config, _ = open_model(*key)
     question = "An image of yours; without one, the model generates it"
-    given = upload(question, config.image_size, model.image_channels)
+    given = upload(question, config.image_size, model.image_channels, model.white)
     left, right = st.columns(2)
     seed = left.number_input("Seed of the model's image", 0, LAST_SEED, 0)
     label = -1

@@ -27,6 +27,7 @@ import dataclasses
 import datetime
 import difflib
 import enum
+import functools
 import glob
 import hashlib
 import json
@@ -880,12 +881,21 @@ def build_model(config, image_channels, class_names):
 
 # --------------------------------------------------------------------------------------------- data
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-DECODER_VERSION = 1  # raised when `decode` gives other pixels, so that old caches are not used
+# What Pillow names, and what is no image, or needs another program: documents, films, data.
+NO_IMAGES = {"PDF", "EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
+ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
+ARRAYS = {".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".parquet", ".tfrecord", ".csv"}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+DECODER_VERSION = 2  # raised when `decode` gives other pixels, so that old caches are not used
 
 # Images before decoding. labels: (N,) ints, -1 for none; key: changes whenever the images do;
-# open(i): the PIL image.
-ImageSource = namedtuple("ImageSource", "names labels class_names key open")
+# open(i): the PIL image; notes: sentences about what else there is.
+ImageSource = namedtuple("ImageSource", "names labels class_names key open notes")
+
+# What `decode_all` wrote. pixels: (N, C, H, W) uint8; unreadable: {row: error}; white: the value
+# that became white in images of more than 8 bits, None without any; coloured, blank: rows of images
+# in colour, and of those in which there is nothing to see.
+Decoded = namedtuple("Decoded", "pixels unreadable white coloured blank")
 
 def to_network(pixels):
     """uint8 pixels 0..255 -> float32 in [-1, 1], the range that the network sees. Any shape."""
@@ -907,20 +917,37 @@ def open_image(path):
     Image.MAX_IMAGE_PIXELS = 2**28  # twice this and more is refused as a decompression bomb
     return Image.open(path)
 
-def to_8_bits(image):
-    """A PIL image of 16 bits, or of floats up to 1, 255 or 65535, as one of 8 bits."""
-    values = np.asarray(image, dtype=np.float64)
-    white = 65535
-    if image.mode[0] == "F" and values.max() <= 255:
-        white = 1 if values.max() <= 1 else 255
-    return Image.fromarray((values / white * 255).clip(0, 255).round().astype(np.uint8))
+def is_grey(image):
+    return image.mode in ("1", "L", "LA", "La") or has_more_bits(image)
 
-def decode(image, size, channels):
-    """A PIL image's central square: (channels, side, side) uint8, with side = `padded_size`."""
+def has_more_bits(image):
+    """Whether a PIL image holds integers of more than 8 bits, or floats."""
+    return image.mode[0] in "IF"
+
+def largest_value(image):
+    values = np.asarray(image, dtype=np.float64)
+    return values[np.isfinite(values)].max(initial=0)
+
+def white_level(largest):
+    """What is white where values go up to the largest: the smallest power of two that holds it,
+    such as 4096 for 12 bits (4095, if they are integers); 1 for floats up to 1."""
+    power = 2 ** math.ceil(math.log2(max(largest, 1)))
+    if largest == power and largest >= 256:
+        power *= 2
+    return power - 1 if power >= 256 else power
+
+def to_8_bits(image, white):
+    """A PIL image of more than 8 bits as one of 8, where white becomes 255."""
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    return Image.fromarray((values.clip(0, white) / white * 255).round().astype(np.uint8))
+
+def decode(image, size, channels, white=None):
+    """A PIL image's central square: (channels, side, side) uint8, with side = `padded_size`.
+    white: the value that becomes white if it has more than 8 bits; None: by its own values."""
     image.draft(None, (2 * size, 2 * size))  # a JPEG need not be decoded at full size
     image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        image = to_8_bits(image)
+    if has_more_bits(image):
+        image = to_8_bits(image, white or white_level(largest_value(image)))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -930,46 +957,89 @@ def decode(image, size, channels):
     border = (padded_size(size) - size) // 2
     return np.pad(pixels, ((0, 0), (border, border), (border, border)), mode="edge")
 
-def load_image(path, size, channels):
-    """The image in a file as a network sees it: (1, channels, side, side) in [-1, 1]."""
+def load_image(path, size, channels, white=None):
+    """The image in a file as a network sees it: (1, channels, side, side) in [-1, 1]. white: as in
+    `decode`."""
     try:
         with open_image(path) as image:
-            pixels = decode(image, size, channels)
+            pixels = decode(image, size, channels, white)
     except Exception as e:  # broken files make decoders raise anything
         raise UserError(
             f"{path} cannot be read ({type(e).__name__}: {e}). Give an image file.") from None
     return to_network(torch.tensor(pixels))[None]
 
+@functools.cache
+def image_suffixes():
+    """The suffixes of images that the installed Pillow opens."""
+    with contextlib.suppress(ImportError):  # a plugin for .heic and .heif
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+    Image.init()
+    kinds = Image.OPEN.keys() - NO_IMAGES
+    registered = Image.registered_extensions()
+    return {suffix for suffix, kind in registered.items() if kind in kinds} | {".mpo"}
+
 def list_images(root):
-    """The image files below a folder, sorted, and a Counter of the suffixes of all others."""
-    def cannot_list(error):
-        raise error
+    """The image files below a folder, sorted; a Counter of the suffixes of all others but hidden
+    ones; and what cannot be read: folders and links."""
+    suffixes = image_suffixes()
     files = []
     others = Counter()
+    problems = []
     visited = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=cannot_list):
+
+    def note(error):
+        problems.append(f"{error.filename} ({error.strerror})")
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=note):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads round in a circle
             subfolders.clear()
             continue
         visited.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
+        for name in sorted(name for name in names if not name.startswith(".")):
             suffix = Path(name).suffix.lower()
-            if suffix in SUFFIXES and not name.startswith("."):
-                files.append(Path(folder, name))
+            path = Path(folder, name)
+            if suffix in suffixes:
+                files.append(path)
+            elif path.is_symlink() and not path.exists():
+                problems.append(f"{path} (a link to nowhere)")
             else:
-                others[suffix or name] += 1
-    return files, others
+                others[suffix or "no suffix"] += 1
+    return files, others, problems
+
+def advice_on(suffixes):
+    """What to do with files of these suffixes, which are no images: a part of a sentence, or ""."""
+    advice = []
+    if suffixes & ARCHIVES:
+        advice.append("unpack archives")
+    if suffixes & ARRAYS:
+        advice.append("convert arrays to images")
+    if suffixes & {".heic", ".heif"}:
+        advice.append("for .heic: pip install pillow-heif")
+    return f" ({'; '.join(advice)})" if advice else ""
+
+def check_folder(root):
+    """UserError unless --data_path is a folder."""
+    if root.is_file():
+        suffix = root.suffix.lower()
+        remedy = "give --data_path a folder of images"
+        if suffix in image_suffixes():
+            remedy = f"it is one image; give --data_path its folder, {root.parent}"
+        raise UserError(f"{root} is a file{advice_on({suffix})}: {remedy}.")
+    require(root.is_dir(),
+            f"No folder {root}: give --data_path an image folder, or one of {', '.join(DATASETS)}.")
 
 def folder_source(root):
     """The image files below a folder; the first sub-folder on the path to a file is its class."""
-    require(root.is_dir(),
-            f"No folder {root}: give --data_path an image folder, or one of {', '.join(DATASETS)}.")
-    files, others = list_images(root)
-    listed = ", ".join(f"{suffix} {n}" for suffix, n in sorted(others.items())[:8])
-    require(files, f"No images in {root}: saw {others.total()} files ({listed}); "
-            f"accepted {' '.join(SUFFIXES)}.")
+    check_folder(root)
+    files, others, problems = list_images(root)
+    listed = ", ".join(f"{suffix} {n}" for suffix, n in others.most_common(8))
+    listed += advice_on(others.keys())
+    unread = f" Cannot be read: {', '.join(problems[:8])}." if problems else ""
+    require(files, f"No images in {root}: saw {others.total()} files ({listed}); accepted .png "
+            f".jpg .webp and whatever else Pillow opens.{unread}")
     parts = [file.relative_to(root).parts for file in files]
     class_names = sorted({p[0] for p in parts if len(p) > 1})
     number = {name: i for i, name in enumerate(class_names)}
@@ -978,12 +1048,35 @@ def folder_source(root):
     stats = [file.stat() if file.is_file() else None for file in files]
     versions = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
     key = [str(root.resolve()), *zip(names, versions)]
+    notes = [f"warning: {problem} cannot be read, and is left out" for problem in problems]
+    if others:
+        notes.append(f"left out  {others.total()} other files: {listed}")
 
     def open_file(i):
         require(stats[i], "a link to nowhere, or no file")  # opening a pipe blocks
         return open_image(files[i])
 
-    return ImageSource(names, labels, class_names, key, open_file)
+    return ImageSource(names, labels, class_names, key, open_file, notes + layout(root, parts))
+
+def layout(root, parts):
+    """Notes about sub-folders that may be no classes. parts: of the paths of all images. UserError
+    for those that are splits of one data set."""
+    tops = {p[0] for p in parts if len(p) > 1}
+    by_case = {name.lower(): name for name in tops}
+    train_split = by_case.get("train") or by_case.get("training")
+    require(not train_split or len(tops) < 2 or not by_case.keys() <= SPLITS,
+            f"The sub-folders of {root}, {', '.join(sorted(tops))}, look like splits of one data "
+            f"set, not like classes: give --data_path {root / str(train_split)}.")
+    notes = []
+    empty = [entry.name for entry in os.scandir(root)
+             if entry.name not in tops and entry.name[0] != "." and entry.is_dir()]
+    if empty and tops:
+        notes.append(f"warning: no images in the sub-folders {', '.join(sorted(empty)[:8])}")
+    deeper = {p[1] for p in parts if len(p) > 2}
+    if len(tops) == 1 and len(deeper) > 1:
+        notes.append(f"note: all sub-folders are in {root / min(tops)}: give --data_path that one "
+                     "if they are classes")
+    return notes
 
 def torchvision_source(name, root):
     """One of torchvision's data sets, downloaded if needed: its training images."""
@@ -1012,15 +1105,15 @@ def torchvision_source(name, root):
         labels = np.asarray(parts[0].targets)
         class_names = [c.replace("/", "-") for c in parts[0].classes]
     names = [f"{name}/{i}" for i in range(len(data))]
-    return ImageSource(names, labels, class_names, [name], lambda i: data[i][0])
+    return ImageSource(names, labels, class_names, [name], lambda i: data[i][0], [])
 
 def load_images(config, device="cpu"):
     """The images of a Config, decoded, as `Images`. UserError for none, or too many bad ones."""
     with local_main_process_first():  # it downloads and decodes for its machine
         source = open_source(config)
         chosen = choose_images(config, len(source.names))
-        pixels, unreadable = decode_cached(config, source, chosen)
-    return Images(source, chosen, pixels, unreadable, config, device)
+        decoded = decode_cached(config, source, chosen)
+    return Images(source, chosen, decoded, config, device)
 
 def open_source(config):
     """The ImageSource of --data_path."""
@@ -1052,25 +1145,36 @@ def decode_cached(config, source, chosen):
     return decoded
 
 def read_cache(path):
-    """What `decode_all` wrote: pixels (N, C, H, W) uint8 and {row: error}; or None."""
+    """What `decode_all` wrote, as `Decoded`; or None."""
     try:
-        unreadable = json.loads(path.with_suffix(".json").read_text())
+        about = json.loads(path.with_suffix(".json").read_text())
+        about["unreadable"] = {int(row): error for row, error in about["unreadable"].items()}
         pixels = np.load(path, mmap_mode="c")  # writable, as torch.from_numpy wants it
     except (OSError, ValueError, EOFError):
         return None
-    return pixels, {int(row): error for row, error in unreadable.items()}
+    return Decoded(pixels, **about)
+
+def look_at_all(source, chosen):
+    """Which of the chosen images are in colour (N,), and what is white in those of more than 8
+    bits: one value for all, None without any."""
+    coloured = np.zeros(len(chosen), dtype=bool)
+    largest = np.zeros(len(chosen))
+
+    def look(row):
+        with contextlib.closing(source.open(chosen[row])) as image:
+            coloured[row] = not is_grey(image)
+            if has_more_bits(image):
+                largest[row] = largest_value(image)
+
+    for_each_row(look, range(len(chosen)), "opening")  # its errors come again in decoding
+    return coloured, white_level(largest.max()) if largest.any() else None
 
 def decode_all(source, chosen, size, path):
-    """Decode the chosen images into a file of pixels, and one beside it that names the errors. Both
-    get their names once whole, so that a crash or a second process cannot leave a wrong one."""
-    rows = range(len(chosen))
-    coloured = np.zeros(len(chosen), dtype=bool)
-
-    def find_colour(row):
-        with contextlib.closing(source.open(chosen[row])) as image:
-            coloured[row] = image.mode[0] not in "1LIF"  # PIL's modes of grey images begin so
-
-    for_each_row(find_colour, rows, "opening")  # its errors come again in decoding
+    """Decode the chosen images into a file of pixels, and one beside it with the rest of `Decoded`.
+    Both get their names once whole, so that a crash or a second process cannot leave a wrong
+    one."""
+    coloured, white = look_at_all(source, chosen)
+    contrast = np.full(len(chosen), 255)
     channels = 3 if coloured.any() else 1
     side = padded_size(size)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1084,11 +1188,15 @@ def decode_all(source, chosen, size, path):
 
         def decode_row(row):
             with contextlib.closing(source.open(chosen[row])) as image:
-                pixels[row] = decode(image, size, channels)
+                decoded = decode(image, size, channels, white)
+            contrast[row] = np.ptp(decoded)
+            pixels[row] = decoded
 
-        errors = for_each_row(decode_row, rows, "decoding")
+        errors = for_each_row(decode_row, range(len(chosen)), "decoding")
         pixels.flush()
-        atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(errors).encode()))
+        about = dict(unreadable=errors, white=white, coloured=np.flatnonzero(coloured).tolist(),
+                     blank=np.flatnonzero(contrast < 16).tolist())
+        atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -1107,9 +1215,16 @@ def for_each_row(work, rows, description):
 class Images:
     """Decoded images, row i image chosen[i] of the source. pixels: (N, C, H, W) uint8, on the GPU
     if it has room. labels: (N,) int64, -1 for none. train, validation: rows. class_names: those of
-    the labels that the network learns, all_class_names or none."""
-    def __init__(self, source, chosen, pixels, unreadable, config, device):
-        report_unreadable([source.names[i] for i in chosen], unreadable)
+    the labels that the network learns, all_class_names or none. white: as in `Decoded`. notes:
+    sentences about the images."""
+    def __init__(self, source, chosen, decoded, config, device):
+        pixels = decoded.pixels
+        unreadable = decoded.unreadable
+        names = [source.names[i] for i in chosen]
+        report_unreadable(names, unreadable)
+        self.white = decoded.white
+        self.notes = source.notes + notes_on_pixels(names, decoded)
+        self.num_unused = len(source.names) - len(chosen)
         self.train, self.validation = split_rows(len(chosen), unreadable, config)
         self.num_found = len(source.names)
         self.num_unreadable = len(unreadable)
@@ -1126,8 +1241,8 @@ class Images:
         self.seed = config.seed
         self.hflip = config.hflip
         self.last_order = (None, None)  # (epoch, rows)
-        names = "\n".join(source.names[i] for i in chosen).encode(errors="surrogatepass")
-        digest = hashlib.sha256(names).hexdigest()[:12]
+        joined = "\n".join(names).encode(errors="surrogatepass")
+        digest = hashlib.sha256(joined).hexdigest()[:12]
         self.fingerprint = f"{len(chosen)} images, {len(unreadable)} unreadable, names {digest}"
 
     def order(self, epoch):
@@ -1165,6 +1280,22 @@ def report_unreadable(names, unreadable):
             print(f"  {names[row]!r}: {printable(unreadable[row])}", file=sys.stderr)
     require(len(unreadable) < 0.05 * len(names),
             "That is 5 % of the images or more: fix or remove them.")
+
+def notes_on_pixels(names, decoded):
+    """Sentences about what became of the images with these names."""
+    notes = []
+    n = len(names)
+    if decoded.white:
+        notes.append(f"scale     images of more than 8 bits: 0 is black, {decoded.white} white")
+    if 0 < len(decoded.coloured) < 0.1 * n:
+        example = names[decoded.coloured[0]]
+        notes.append(f"note: {len(decoded.coloured)} of {n} images are in colour, such as "
+                     f"{example}, and give three channels to all")
+    if decoded.blank:
+        example = names[decoded.blank[0]]
+        notes.append(f"warning: there is next to nothing to see in {len(decoded.blank)} of {n} "
+                     f"images, such as {example}: black, white or one colour")
+    return notes
 
 def split_rows(n, unreadable, config):
     """The readable rows, --holdout of them for validation: (training, validation), sorted."""
@@ -1367,6 +1498,7 @@ def model_from_checkpoint(checkpoint, path, ema=True):
     model = build_model(config, checkpoint["channels"], checkpoint["classes"])
     weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint["weights"]
     load_weights(model, weights, path)
+    model.white = checkpoint.get("white", 65535)  # in images of more than 8 bits
     return model.eval().requires_grad_(False)
 
 def load_model(path, device="cpu", ema=True):
@@ -1756,7 +1888,8 @@ class TrainState:
         """Write the model and a step checkpoint, delete those beyond --keep_last. Returns paths."""
         model_state = dict(
             format=FORMAT, config=dataclasses.asdict(self.config), classes=self.model.class_names,
-            channels=self.model.image_channels, data=self.images.fingerprint,
+            channels=self.model.image_channels, white=self.images.white,
+            data=self.images.fingerprint,
             held_out=self.images.validation.tolist(), step=self.step, seconds=self.seconds(),
             weights=dict(self.model.state_dict()), ema=dict(self.ema.state_dict()))
         if not all_finite(model_state["weights"], model_state["ema"]):
@@ -1778,6 +1911,10 @@ class TrainState:
         require(checkpoint.get("data") == self.images.fingerprint, f"{path} was trained on other "
                 f"data ({checkpoint.get('data')}; here {self.images.fingerprint}): restore the "
                 "images, or start a new run with --init_from.")
+        white = checkpoint.get("white", 65535)  # in all images of earlier versions
+        require(white == self.images.white or self.images.white is None,
+                f"{path} was trained on images in which {white} is white, and here it is "
+                f"{self.images.white}: restore them, or start a new run with --init_from.")
         load_weights(self.model, checkpoint["weights"], path)
         load_weights(self.ema, checkpoint["ema"], path)
         try:
@@ -2045,8 +2182,9 @@ def print_banner(config, state, runtime, origin):
         length = f"{state.total_steps} steps, {seen:,} images, {seen / n:.4g} epochs"
     else:
         length = f"{config.minutes:g} minutes"
+    unused = f", {images.num_unused} not used (--max_images)" if images.num_unused else ""
     print(f"data      {printable(config.data_path)}: {images.num_found} found, {n} for training, "
-          f"{len(images.validation)} for validation, {images.num_unreadable} unreadable; "
+          f"{len(images.validation)} for validation, {images.num_unreadable} unreadable{unused}; "
           f"{config.image_size}x{config.image_size}, {images.channels} channels\n"
           f"classes   {', '.join(classes) or 'none'}\n"
           f"network   {config.arch}, {parameters:,} parameters\n"
@@ -2057,6 +2195,8 @@ def print_banner(config, state, runtime, origin):
           f"plan      {length} in batches of {config.batch_size}; a checkpoint every "
           f"{config.save_every} steps, the last {config.keep_last} kept in "
           f"{step_folder(config.model_path).resolve()}")
+    for note in images.notes:
+        print(printable(note))
     if counts and max(counts) > 10 * min(counts):
         print("warning: the classes are far out of balance; expect the small ones to look worse")
     if abar_T > 0.01:
@@ -2480,7 +2620,7 @@ def load_edit(config, model):
     """For --init_image and --mask: (config with a strength, image or None, mask or None)."""
     if not config.init_image:
         return config, None, None
-    image = load_image(config.init_image, config.image_size, model.image_channels)
+    image = load_image(config.init_image, config.image_size, model.image_channels, model.white)
     if not config.strength:
         config = override(config, strength=1.0 if config.mask else 0.5)
     if not config.mask:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from PIL import Image
 
 import ddpm
@@ -131,6 +131,117 @@ def test_max_images_is_a_fixed_choice_by_the_seed(image_folder, tmp_path):
     assert not torch.equal(chosen(), chosen(seed=1))
 
 
+# ---- all that is there is used, or named
+
+
+@pytest.mark.parametrize(
+    "suffix", "png jfif jpe jp2 avif ppm pgm tga dib pcx apng ico sgi xbm".split()
+)
+def test_whatever_pillow_opens_is_used(tmp_path, suffix):
+    flat("1" if suffix == "xbm" else "L", 200, (32, 32)).save(tmp_path / f"p.{suffix}")
+    assert len(load(tmp_path).train) == 1
+
+
+def test_documents_and_films_are_no_images():
+    suffixes = ddpm.image_suffixes()
+    assert not suffixes & {".pdf", ".eps", ".ps", ".mpg", ".mpeg", ".h5", ".wmf", ".emf"}
+    assert suffixes >= {".psd", ".gif", ".mpo", ".webp"}
+
+
+def test_the_banner_adds_up(main, tmp_path, capsys):
+    (tmp_path / "D").mkdir()
+    for i in range(40):
+        flat("L", 6 * i).save(f"D/{i:02d}.png")
+    Path("D/39.png").write_bytes(b"no image")
+    for name in ("a.heic", "b.HEIC", "c.txt", "README", "d.npy", "e.zip", ".hidden"):
+        Path("D", name).write_bytes(b"")
+    assert main("--mode train --dry_run --steps 1 --max_images 30 --data_path D", TINY) == 0
+    out = capsys.readouterr().out
+    numbers = r"40 found, (\d+) for training, 0 for validation, (\d) unreadable, 10 not used"
+    found = re.search(numbers, out)
+    assert int(found[1]) + int(found[2]) == 30
+    assert "6 other files: .heic 2, .txt 1, no suffix 1, .npy 1, .zip 1" in out
+    assert "unpack archives; convert arrays to images; for .heic: pip install pillow-heif" in out
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("photos.zip", "is a file (unpack archives): give --data_path a folder"),
+        ("all.npy", "is a file (convert arrays to images): give"),
+        ("one.jpg", "it is one image; give --data_path its folder, "),
+        ("notes.txt", "is a file: give --data_path a folder of images"),
+    ],
+)
+def test_a_file_for_a_folder_gets_a_sentence_that_knows_what_it_is(tmp_path, name, said):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ddpm.UserError, match=re.escape(said)):
+        load(tmp_path / name)
+
+
+def test_a_folder_of_arrays_is_told_what_to_do(tmp_path):
+    (tmp_path / "all.npy").write_bytes(b"")
+    with pytest.raises(ddpm.UserError, match="npy 1 .convert arrays to images"):
+        load(tmp_path)
+
+
+def make_images(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        flat("L", 99).save(root / name)
+
+
+@pytest.mark.parametrize("folders", (["train", "test"], ["Training", "val", "test"]))
+def test_splits_are_not_taken_for_classes(tmp_path, folders):
+    for folder in folders:
+        make_images(tmp_path, f"{folder}/cat/1.png", f"{folder}/dog/1.png")
+    with pytest.raises(ddpm.UserError, match=f"splits of one data set.*{folders[0]}"):
+        load(tmp_path)
+    assert load(tmp_path / folders[0]).class_names == ["cat", "dog"]
+
+
+def test_classes_that_are_called_like_splits_are_classes(tmp_path):
+    make_images(tmp_path, "train/1.png", "car/1.png")
+    assert load(tmp_path).class_names == ["car", "train"]
+
+
+def test_classes_a_folder_too_deep_are_noted(tmp_path):
+    make_images(tmp_path, "images/cat/1.png", "images/dog/1.png")
+    (note,) = [note for note in load(tmp_path).notes if note.startswith("note: all sub-folders")]
+    assert str(tmp_path / "images") in note
+
+
+def test_links_to_nowhere_and_folders_without_images_are_named(tmp_path):
+    make_images(tmp_path, "cat/1.png", "dog/1.png")
+    (tmp_path / "gone").symlink_to("/mnt/gone/dogs")
+    (tmp_path / "empty").mkdir()
+    images = load(tmp_path)
+    assert images.class_names == ["cat", "dog"]
+    assert f"warning: {tmp_path / 'gone'} (a link to nowhere) cannot be read" in images.notes[0]
+    assert "warning: no images in the sub-folders empty" in images.notes
+
+
+def test_a_single_image_in_colour_is_named(tmp_path):
+    make_images(tmp_path, *(f"{i:02d}.png" for i in range(20)))
+    assert not any("colour," in note for note in load(tmp_path).notes)
+    flat("RGB", "red").save(tmp_path / "07.png")
+    (note,) = [note for note in load(tmp_path).notes if "colour," in note]
+    assert "1 of 20 images" in note and "07.png" in note
+
+
+def test_images_in_which_nothing_is_to_be_seen_are_warned_of(tmp_path):
+    """A single bright pixel sets the scale, and leaves the others black."""
+    values = np.zeros((16, 16), np.uint16)
+    values[:8] = 60
+    for i in range(3):
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
+    assert not any("next to nothing" in note for note in load(tmp_path).notes)
+    values[8, 8] = 65_535
+    Image.fromarray(values).save(tmp_path / "3.png")
+    (note,) = [note for note in load(tmp_path).notes if "next to nothing" in note]
+    assert "in 3 of 4 images, such as 0.png" in note
+
+
 # ---- every kind of image
 
 
@@ -200,17 +311,81 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
     assert pixels.shape[0] == 1 and (pixels == 128).all()
 
 
-def test_a_dark_sixteen_bit_image_stays_dark(tmp_path):
-    """300 of 65535 is 1 of 255, whatever else the image holds."""
-    Image.fromarray(np.full((16, 16), 300, np.uint16)).save(tmp_path / "p.png")
-    assert (one(tmp_path) == 1).all()
+@pytest.mark.parametrize(
+    "largest, white",
+    [
+        (0.8, 1),
+        (1, 1),
+        (1.35, 2),
+        (200, 255),
+        (255, 255),
+        (256, 511),
+        (1023, 1023),  # 10 bits
+        (3600, 4095),  # 12 bits
+        (10_000, 16_383),  # 14 bits
+        (65_535, 65_535),
+        (70_000, 131_071),
+        (0, 1),
+    ],
+)
+def test_white_is_the_smallest_power_of_two_that_holds_all_values(largest, white):
+    assert ddpm.white_level(largest) == white
 
 
-def test_a_nearly_black_sixteen_bit_image_is_black(tmp_path):
-    """200 of 65535 is 0.8 of 255: the depth is the file's, not estimated from its brightest
-    pixel."""
-    Image.fromarray(np.full((16, 16), 200, np.uint16)).save(tmp_path / "p.png")
-    assert one(tmp_path).max() <= 1
+@pytest.mark.parametrize(
+    "maxima, dtype, white",
+    [
+        ((3600, 1800, 900), np.uint16, 4095),
+        ((200, 100, 50), np.uint16, 255),
+        ((60_000, 300, 0), np.uint16, 65_535),
+        ((0.8, 1.35, 1.0), np.float32, 2),
+        ((0.8, 0.4, 0.1), np.float32, 1),
+        ((250.0, 3.0, 1.0), np.float32, 255),
+        ((3600, -5, 900), np.int32, 4095),
+    ],
+)
+def test_images_of_more_than_8_bits_have_one_scale(tmp_path, maxima, dtype, white):
+    """Never one of their own: an image that is darker than the others stays so. 8 bits stay as
+    they are."""
+    for i, value in enumerate(maxima):
+        Image.fromarray(np.full((16, 16), value, dtype)).save(tmp_path / f"{i}.tiff")
+    flat("L", 77).save(tmp_path / "eight.png")
+    images = load(tmp_path)
+    expected = [round(max(value, 0) / white * 255) for value in maxima]
+    assert images.pixels[:, 0, 0, 0].tolist() == [*expected, 77]
+    assert images.white == white and any(f"{white} white" in note for note in images.notes)
+    again = load(tmp_path)
+    assert again.white == white and again.notes == images.notes, "from the cache"
+
+
+def test_a_value_that_is_no_number_does_not_set_the_scale(tmp_path):
+    values = np.full((16, 16), 0.5, np.float32)
+    values[0, 0], values[0, 1] = np.nan, np.inf
+    Image.fromarray(values).save(tmp_path / "p.tiff")
+    assert load(tmp_path).white == 1 and one(tmp_path)[0, 8, 8] == 128
+
+
+def test_lab_is_colour(tmp_path):
+    """Its mode begins as that of grey images does."""
+    flat("LAB", (128, 200, 50)).save(tmp_path / "p.tiff")
+    assert one(tmp_path).shape[0] == 3
+
+
+def test_the_scale_of_the_data_is_that_of_an_image_to_edit(main, tmp_path, quick_plots):
+    """It is in the checkpoint: an image half as bright as the data's white is grey."""
+    (tmp_path / "D").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((16, 16), 900 * (i + 1), np.uint16)).save(f"D/{i}.png")
+    flags = "--mode train --data_path D --steps 1 --sampling_steps 1 --model_path m.pt"
+    assert main(TINY, flags) == 0
+    model, _, config = ddpm.load_model("m.pt")
+    assert model.white == 4095
+    Image.fromarray(np.full((16, 16), 2048, np.uint16)).save("half.png")
+    config = ddpm.override(config, init_image="half.png")
+    _, image, _ = ddpm.load_edit(config, model)
+    assert (ddpm.to_pixels(image) == 128).all()
+    Image.fromarray(np.full((16, 16), 9000, np.uint16)).save("D/0.png")
+    assert main("--mode train --resume --steps 2 --model_path m.pt") == 1
 
 
 def test_cmyk_becomes_rgb(tmp_path):
@@ -341,7 +516,7 @@ def test_the_cache_is_a_file_and_its_errors_in_download_dir(tmp_path):
     files = sorted((tmp_path / "d").rglob("*.*"))
     assert [path.suffix for path in files] == [".json", ".npy"]
     assert {path.parent for path in files} == {tmp_path / "d" / "decoded"}
-    pixels, unreadable = ddpm.read_cache(files[1])
+    pixels, unreadable, *_ = ddpm.read_cache(files[1])
     assert np.array_equal(pixels, images.pixels.numpy()) and np.array_equal(
         pixels, np.load(files[1])
     )
