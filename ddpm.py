@@ -2540,29 +2540,41 @@ def slerp(a, b, fraction):
     angle = F.cosine_similarity(a.flatten(), b.flatten(), 0).acos()
     return (((1 - fraction) * angle).sin() * a + (fraction * angle).sin() * b) / angle.sin()
 
+def process_share(n):
+    """The numbers of the images, of n in all, that this process samples."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    return range(math.ceil(n * rank / world_size), math.ceil(n * (rank + 1) / world_size))
+
+def sample_batches(model, diffusion, config, labels, precision, indices, on_step=None, image=None,
+                   mask=None):
+    """Sample the images number `indices` of those with these labels. Yields (numbers, images uint8
+    (n, C, size, size) on the CPU) after each batch. on_step, image, mask: as in `sample_images`."""
+    for first in range(0, len(indices), config.sample_batch_size):
+        batch = indices[first : first + config.sample_batch_size]
+        batch_labels = [labels[i] for i in batch]
+        steps = generate(model, diffusion, config, batch, batch_labels, precision, image, mask)
+        for t, x, _ in steps:
+            if on_step:
+                on_step(batch[0], t, x)
+        yield batch, crop(to_pixels(x), config.image_size).cpu()  # x of the last step
+
 def sample_images(model, diffusion, config, labels, precision, on_step=None, image=None, mask=None):
     """An image per label, sampled in batches that all processes share: uint8 (N, C, size, size) on
     the CPU of each. on_step(start, t, x) is called after each step of the batch that starts with
     image number `start`; what it raises ends the sampling. image, mask: of `generate`."""
+    batches = sample_batches(model, diffusion, config, labels, precision,
+                             process_share(len(labels)), on_step, image, mask)
+    return gather_images([pixels for _, pixels in batches], config, model)
+
+def gather_images(batches, config, model):
+    """The batches of all processes, (n, C, size, size) uint8, as one, in each of them."""
     size = config.image_size
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    first = math.ceil(len(labels) * rank / world_size)
-    end = math.ceil(len(labels) * (rank + 1) / world_size)
     no_images = torch.empty(0, model.image_channels, size, size, dtype=torch.uint8)
-    batches = [no_images]  # all of a process that gets none
-    for start in range(first, end, config.sample_batch_size):
-        indices = range(start, min(start + config.sample_batch_size, end))
-        batch_labels = [labels[i] for i in indices]
-        steps = generate(model, diffusion, config, indices, batch_labels, precision, image, mask)
-        for t, x, _ in steps:
-            if on_step:
-                on_step(start, t, x)
-        batches.append(crop(to_pixels(x), size).cpu())  # x of the last step
-    pixels = torch.cat(batches)
-    if world_size == 1:
+    pixels = torch.cat([no_images, *batches])
+    if not dist.is_initialized():
         return pixels
-    gathered = [None] * world_size
+    gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, pixels)
     return torch.cat(gathered)
 
@@ -2576,8 +2588,11 @@ def sample(config):
         merged = override(merged, guidance=1.0)
     return sample_run(override(merged, model_path=path), checkpoint)
 
-def sample_run(config, checkpoint):
-    """Sample from a checkpoint's model and write the images. Returns uint8 (N, C, H, W)."""
+MAX_SHOWN = 2500  # images in the grid of a sampling: nobody looks at more
+
+def sample_run(config, checkpoint, max_kept=None):
+    """Sample from a checkpoint's model and write the images. Returns uint8 (N, C, H, W), the first
+    max_kept of them: with --individual the others are in their files and take no memory."""
     check(config)
     runtime = start_runtime(config)
     keep_memory()
@@ -2597,24 +2612,92 @@ def sample_run(config, checkpoint):
           f"sampling  {config.num_samples} images, {config.sampler}, {num_steps} steps, seed "
           f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
           f"{runtime.precision}")
-    next_level = dict(pairwise(ts))  # {t: the level that the step from t reaches, for the plot}
-    shown = set(evenly_spaced(np.array(ts[:-1]), 60 if config.gif else 9).tolist())
-    frames = []  # (level, uint8 (n, C, H, W)), on the device, or each step would wait for it
-    num_batches = math.ceil(config.num_samples / runtime.world_size / config.sample_batch_size)
+    text = png_text(config, num_steps, digest)
+    kept, todo = images_to_sample(config, text, max_kept or config.num_samples)
+    frames = Frames(config, ts)
+    num_batches = math.ceil(len(todo) / config.sample_batch_size)
     with tqdm(total=num_batches * num_steps, unit="step", dynamic_ncols=True,
               disable=not runtime.is_main) as bar:
         def on_step(start, t, x):
             bar.update()
-            if start == 0 and t in shown:  # of the first batch
-                frames.append((next_level[t], crop(to_pixels(x[:8]), config.image_size)))
+            frames.add(start, t, x)
 
-        pixels = sample_images(
-            model, diffusion, config, labels, runtime.precision, on_step, image, mask)
+        for indices, pixels in sample_batches(
+                model, diffusion, config, labels, runtime.precision, todo, on_step, image, mask):
+            for i, single in zip(indices, pixels):
+                if config.individual:
+                    save_png(to_images(single[None])[0], image_path(config, i), text)
+                if i < (max_kept or config.num_samples):
+                    kept[i] = single
+    pixels = gather_images([kept[i][None] for i in sorted(kept)], config, model)
     leave_processes()
     if runtime.is_main:
-        text = png_text(config, num_steps, digest)
-        print_files(write_samples(config, pixels, frames, model.class_names, labels, text))
+        files = write_samples(config, pixels, frames.shown, model.class_names, labels, text)
+        print_files([*list_individual(config), *files])
     return pixels
+
+class Frames:
+    """What a sampling shows of its steps: of the first eight images, at up to 9 timesteps, and 60
+    for an animation. shown: (level, uint8 (n, C, H, W)), on the device, or each step would wait."""
+    def __init__(self, config, ts):
+        self.size = config.image_size
+        self.next_level = dict(pairwise(ts))  # {t: the level that the step from t reaches}
+        chosen = evenly_spaced(np.array(ts[:-1]), 60 if config.gif else 9)
+        self.chosen = set(chosen.tolist())
+        self.shown = []
+
+    def add(self, start, t, x):
+        """Keep x if it is of the first batch, which starts with image 0, and t was chosen."""
+        if start == 0 and t in self.chosen:
+            self.shown.append((self.next_level[t], crop(to_pixels(x[:8]), self.size)))
+
+def image_path(config, i):
+    """The file of --individual for image number i."""
+    return Path(config.individual, f"{i:05d}.png")
+
+def images_to_sample(config, text, max_kept):
+    """What a sampling that was stopped has left to do in this process: ({number: image} of those
+    that are there, up to max_kept; the numbers of the others). The first batch is always sampled,
+    to show its steps. text: in a PNG tells whether it is of the same sampling."""
+    mine = process_share(config.num_samples)
+    known_by_text = config.interpolate is None and config.init_image is None
+    if not config.individual or not known_by_text:
+        return {}, mine
+    present = set(os.listdir(config.individual))
+    kept = {}
+    todo = []
+    for i in mine:
+        path = image_path(config, i)
+        if i < config.sample_batch_size or path.name not in present or not is_from(path, text):
+            todo.append(i)
+        elif i < max_kept:
+            with Image.open(path) as image:
+                kept[i] = torchvision.transforms.functional.pil_to_tensor(image)
+    if len(todo) < len(mine):
+        print(f"going on: {len(mine) - len(todo)} images are in {config.individual} already")
+    return kept, todo
+
+def is_from(path, text):
+    """Whether a PNG has these text entries."""
+    try:
+        with Image.open(path) as image:
+            return prefixed(text).items() <= image.info.items()
+    except (OSError, ValueError, SyntaxError):  # no PNG, or a damaged one
+        return False
+
+def list_individual(config):
+    """The files that --individual wrote. A note is printed of those of an earlier sampling."""
+    if not config.individual:
+        return []
+    names = [image_path(config, i).name for i in range(config.num_samples)]
+    written = set(names)
+    stale = [path.name for path in sorted(Path(config.individual).glob("*.png"))
+             if path.stem.isdecimal() and path.name not in written]
+    if stale:
+        print(f"note: {len(stale)} files of an earlier sampling are left in {config.individual}, "
+              f"such as {stale[0]}")
+    folder = Path(config.individual).resolve()
+    return [str(folder / name) for name in names]
 
 def load_edit(config, model):
     """For --init_image and --mask: (config with a strength, image or None, mask or None)."""
@@ -2632,7 +2715,7 @@ def png_text(config, num_steps, digest):
     """What a sampled PNG says about itself, {key: value}."""
     text = dict(seed=config.seed, sampler=config.sampler, steps=num_steps, eta=config.eta,
                 guidance=config.guidance, classes=config.classes or "all", model=digest,
-                version=torch.__version__)
+                weights="EMA" if config.ema else "plain", version=torch.__version__)
     for name in ("init_image", "strength", "mask", "interpolate"):
         if getattr(config, name) is not None:
             text[name] = Path(str(getattr(config, name))).name
@@ -2643,11 +2726,8 @@ def write_samples(config, pixels, frames, class_names, labels, text):
     folder = Path(config.samples_dir)
     names = [class_names[label] if label >= 0 else "" for label in labels]
     files = []
-    if config.individual:
-        for i, image in enumerate(to_images(pixels)):
-            files.append(save_png(image, Path(config.individual, f"{i:05d}.png"), text))
     if config.interpolate is None:
-        shown = pixels[:2500]  # nobody looks at more
+        shown = pixels[:MAX_SHOWN]
         asked_for = class_names
         if config.classes:
             asked_for = split_classes(config.classes, class_names)
@@ -2963,7 +3043,8 @@ def run_mode(mode, given):
         checkpoint = read_checkpoint(path)
         config = sampling_config(checkpoint, path, given)
         warn_of_unused(config, given)
-        sample_run(override(config, model_path=path), checkpoint)
+        max_kept = MAX_SHOWN if config.interpolate is None else None
+        sample_run(override(config, model_path=path), checkpoint, max_kept)
         return
     checkpoint = None
     if "resume" in given:

@@ -160,7 +160,7 @@ def test_the_banner_adds_up(main, tmp_path, capsys):
     numbers = r"40 found, (\d+) for training, 0 for validation, (\d) unreadable, 10 not used"
     found = re.search(numbers, out)
     assert int(found[1]) + int(found[2]) == 30
-    assert "6 other files: .heic 2, .txt 1, no suffix 1, .npy 1, .zip 1" in out
+    assert "6 other files: .heic 2, no suffix 1, .txt 1, .npy 1, .zip 1" in out
     assert "unpack archives; convert arrays to images; for .heic: pip install pillow-heif" in out
 
 

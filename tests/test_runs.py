@@ -398,3 +398,100 @@ def test_the_command_to_continue_can_be_pasted(train, monkeypatch, capsys):
         ddpm.main([*words("--mode train", TINY, SMALL, "--data_path"), "D", *where])
     command = capsys.readouterr().out.partition("To continue: ")[2].splitlines()[0]
     assert ddpm.main([*shlex.split(command), "--steps", "3"]) == 0
+
+
+# ---- a sampling that goes on where it stopped
+
+
+@pytest.fixture
+def sample(main, trained, monkeypatch):
+    """sample(*flags) samples in batches of two into out/ and returns the exit code; its plot is a
+    dot."""
+    monkeypatch.setattr(ddpm, "plot_rows", lambda rows, titles, path, *_: ddpm.save_png(DOT, path))
+    flags = "--mode sample --sampling_steps 2 --sample_batch_size 2 --individual out --model_path"
+    return lambda *more: main(flags, trained, *more)
+
+
+class Stopped(Exception):
+    pass
+
+
+def count_batches(monkeypatch, stop_at=None):
+    """The numbers of the images of each batch that is sampled from now on, in a list."""
+    real = ddpm.generate
+    batches = []
+
+    def generate(model, diffusion, config, indices, *args):
+        if len(batches) == stop_at:
+            raise Stopped
+        batches.append(list(indices))
+        return real(model, diffusion, config, indices, *args)
+
+    monkeypatch.setattr(ddpm, "generate", generate)
+    return batches
+
+
+def test_images_are_written_as_they_are_made_and_a_second_start_goes_on(
+    sample, monkeypatch, capsys
+):
+    assert sample("--num_samples 7") == 0
+    whole = tree("out")
+    grid = Path("samples/generated_sample.png").read_bytes()
+    shutil.rmtree("out")
+    with monkeypatch.context() as patch:
+        count_batches(patch, stop_at=2)
+        with pytest.raises(Stopped):
+            sample("--num_samples 7")
+    assert sorted(tree("out")) == [f"{i:05d}.png" for i in range(4)]
+    batches = count_batches(monkeypatch)
+    capsys.readouterr()
+    assert sample("--num_samples 7") == 0
+    assert batches == [[0, 1], [4, 5], [6]], "the first again, for its steps"
+    assert "going on: 2 images are in out already" in capsys.readouterr().out
+    assert tree("out") == whole and Path("samples/generated_sample.png").read_bytes() == grid
+
+
+@pytest.mark.parametrize(
+    "more", ("--seed 5", "--no_ema", "--sampler ddim", "--guidance 1", "--classes disc", "damaged")
+)
+def test_files_of_another_sampling_are_not_taken_for_ours(sample, monkeypatch, more):
+    assert sample("--num_samples 4") == 0
+    if more == "damaged":
+        Path("out/00002.png").write_bytes(b"\x89PNG")
+        Path("out/00003.png").write_bytes(b"")
+        more = ""
+    batches = count_batches(monkeypatch)
+    assert sample("--num_samples 4", more) == 0
+    assert batches == [[0, 1], [2, 3]]
+
+
+def test_files_that_are_left_of_an_earlier_sampling_are_named(sample, capsys):
+    assert sample("--num_samples 6") == 0
+    Path("out/mine.png").write_bytes(b"")
+    assert "left in" not in capsys.readouterr().out
+    assert sample("--num_samples 3") == 0
+    said = capsys.readouterr().out
+    assert "3 files of an earlier sampling are left in out, such as 00003.png" in said
+
+
+def test_a_sampling_keeps_only_what_it_shows(sample, monkeypatch):
+    """The other images are in their files: the memory does not grow with their number."""
+    shown = []
+    real = ddpm.write_samples
+
+    def write_samples(config, pixels, *args):
+        shown.append(len(pixels))
+        return real(config, pixels, *args)
+
+    monkeypatch.setattr(ddpm, "write_samples", write_samples)
+    monkeypatch.setattr(ddpm, "MAX_SHOWN", 3)
+    assert sample("--num_samples 6") == 0
+    assert shown == [3] and len(tree("out")) == 6
+
+
+def test_the_function_returns_all_images(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ddpm, "MAX_SHOWN", 3)
+    _, _, config = ddpm.load_model(trained)
+    config = ddpm.override(config, model_path=str(trained), num_samples=5, samples_dir="s")
+    assert len(ddpm.sample(config)) == 5

@@ -302,13 +302,16 @@ def wait_for(process, condition, seconds=200):
 
 @pytest.mark.parametrize("what, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_sampling(trained, tmp_path, what, code):
-    """The shortest way out: nothing is written, and it is no traceback."""
+    """The shortest way out: nothing is written but whole images, and it is no traceback."""
     flags = "--num_samples 1000000 --sampling_steps 50 --sample_batch_size 8 --individual each"
     process = start(tmp_path, "--mode sample --device cpu", flags, "--model_path", trained)
     wait_for(process, lambda: "step/s" in (tmp_path / "log").read_text())
     process.send_signal(what)
     assert process.wait(60) == code
-    assert "Traceback" not in (tmp_path / "log").read_text() and list(tree(tmp_path)) == ["log"]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    others = [name for name in tree(tmp_path) if name != "log"]
+    assert all(Image.open(tmp_path / name).size == (16, 16) for name in others)
+    assert {Path(name).parent for name in others} <= {Path("each")}
 
 
 @pytest.mark.parametrize("what, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
