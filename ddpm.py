@@ -893,8 +893,8 @@ DECODER_VERSION = 2  # raised when `decode` gives other pixels, so that old cach
 ImageSource = namedtuple("ImageSource", "names labels class_names key open notes")
 
 # What `decode_all` wrote. pixels: (N, C, H, W) uint8; unreadable: {row: error}; white: the value
-# that became white in images of more than 8 bits, None without any; coloured, blank: rows of images
-# in colour, and of those in which there is nothing to see.
+# that became white in images of more than 8 bits, None without any; coloured: rows of images in
+# colour, [] if they are not rare; blank: rows of those in which there is nothing to see.
 Decoded = namedtuple("Decoded", "pixels unreadable white coloured blank")
 
 def to_network(pixels):
@@ -1194,7 +1194,8 @@ def decode_all(source, chosen, size, path):
 
         errors = for_each_row(decode_row, range(len(chosen)), "decoding")
         pixels.flush()
-        about = dict(unreadable=errors, white=white, coloured=np.flatnonzero(coloured).tolist(),
+        rare = coloured if coloured.mean() < 0.1 else []
+        about = dict(unreadable=errors, white=white, coloured=np.flatnonzero(rare).tolist(),
                      blank=np.flatnonzero(contrast < 16).tolist())
         atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
         os.replace(partial, path)
@@ -1287,7 +1288,7 @@ def notes_on_pixels(names, decoded):
     n = len(names)
     if decoded.white:
         notes.append(f"scale     images of more than 8 bits: 0 is black, {decoded.white} white")
-    if 0 < len(decoded.coloured) < 0.1 * n:
+    if decoded.coloured:
         example = names[decoded.coloured[0]]
         notes.append(f"note: {len(decoded.coloured)} of {n} images are in colour, such as "
                      f"{example}, and give three channels to all")
@@ -1530,18 +1531,20 @@ def step_folder(model_path):
 
 def rename_old_step_folder(model_path):
     """Earlier versions left out the suffix, as in model_steps for model.pt, so that lr0.1 and lr0.2
-    had one folder: give it its present name if its latest checkpoint is of this model."""
+    had one folder: give it its present name if its latest checkpoint that can be read is of this
+    model."""
     path = Path(model_path)
     new = step_folder(path)
     old = path.with_name(path.stem + "_steps")
-    files = sorted(old.glob("step_*.pt"))
-    if new.exists() or not files:
+    if new.exists():
         return
-    with contextlib.suppress(UserError, OSError):  # another process may have done it
-        owner = read_checkpoint(files[-1])["config"]["model_path"]
-        if Path(owner).name == path.name:
-            old.rename(new)
-            print(f"renamed   {old.name} to {new.name}")
+    for file in sorted(old.glob("step_*.pt"), reverse=True):
+        with contextlib.suppress(UserError, OSError):  # another process may have renamed it
+            owner = read_checkpoint(file)["config"]["model_path"]
+            if Path(owner).name == path.name:
+                old.rename(new)
+                print(f"renamed   {old.name} to {new.name}")
+            return
 
 def step_files(model_path):
     """A model's step checkpoints, oldest first: names of eight digits sort by step."""

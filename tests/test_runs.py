@@ -20,7 +20,6 @@ from PIL import Image
 
 import ddpm
 
-
 DOT = Image.new("L", (1, 1))
 SMALL = "--channel_mults 1 --attention none --num_samples 1 --sampling_steps 1"
 
@@ -69,9 +68,11 @@ def test_models_whose_names_differ_after_a_dot_have_folders_of_their_own(train):
 def test_a_folder_of_step_checkpoints_of_an_earlier_version_is_found(train, capsys):
     assert train() == 0
     Path("run/model.pt_steps").rename("run/model_steps")
+    Path("run/model_steps/step_00000009.pt").write_bytes(b"torn")
     assert train("--resume --steps 3 --model_path run/model.pt") == 0
     assert "renamed   model_steps to model.pt_steps" in capsys.readouterr().out
     assert set_steps("run/model.pt_steps") == [2, 3]
+    assert Path("run/model.pt_steps/step_00000009.pt.previous").exists()
 
 
 def test_a_folder_of_an_earlier_version_that_is_another_models_is_left_alone(train, capsys):
