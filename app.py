@@ -37,10 +37,12 @@ LAST_SEED = 2**53 - 1  # the largest number that browsers are sure of
 
 # ------------------------------------------------------------------------------------------- models
 
+INCLUDED = ("animals.pt", "fashion_mnist.pt")
+
 def model_files():
-    """The models in saved_models/, newest first, and the included one. No step checkpoints."""
-    included = ddpm.HERE / "saved_models" / "animals.pt"
-    found = {*Path("saved_models").resolve().glob("*.pt*"), included}
+    """The models in saved_models/, newest first, and those included. No step checkpoints."""
+    included = [ddpm.HERE / "saved_models" / name for name in INCLUDED]
+    found = {*Path("saved_models").resolve().glob("*.pt*"), *included}
     files = [path for path in found if path.is_file() and path.name[0] != "."]
     return newest_first(files)
 

@@ -94,6 +94,7 @@ def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
         [
             "animals.pt: animal_data, 64x64, 5 classes",
             "broken.pt: cannot be read",
+            "fashion_mnist.pt: fashion_mnist, 28x28, 10 classes",
             f"tiny.pt: {data}, 16x16, 3 classes",
             f"tiny.pt.previous: {data}, 16x16, 3 classes",
         ]
