@@ -132,7 +132,8 @@ class Config:
     beta_end: float | None = flag(None, "last beta (default: 0.02 * 1000 / T)", 1e-8, 0.999)
     predict: str = flag("x0", "what the network predicts", choices="eps x0 v")
     loss: str = flag("l2", "loss between prediction and target", choices="l2 l1 huber")
-    min_snr: float = flag(4.0, "g of the loss weight 1 + min(snr, g) on x0; 0 is off", 0, 1e6)
+    min_snr: float = flag(4.0, "g of the loss weight 1 + min(snr, g) on x0, min(snr, g) with eps; "
+                          "0 is off", 0, 1e6)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
     channels: int = flag(32, "channels of the first stage (unet, simple)", 4, 4096)
     channel_mults: tuple[int, ...] = flag(
@@ -424,12 +425,13 @@ class Diffusion:
         self.abar_T = abar[self.T - 1].item()  # what is left of an image at the last timestep
         weight = torch.ones_like(abar)
         if min_snr:
-            # The error of x0 is weighted as in Salimans & Ho 2022 (1 + snr, section 4), with a cap
-            # as in Hang et al. 2023, or large t would hardly count.
             snr = abar / (1 - abar)
+            x0_weight = snr.clamp(max=min_snr)  # Hang et al. 2023: or large t would hardly count
+            if predict != "eps":  # whose weight would grow without bound
+                x0_weight = x0_weight + 1  # Salimans & Ho 2022, section 4
             # The squared error of the output, in units of that of the x0 it stands for.
             error_ratio = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
-            weight = (1 + snr.clamp(max=min_snr)) / error_ratio
+            weight = x0_weight / error_ratio
         # sqrt(abar_t) and sqrt(1 - abar_t), for a tensor of t: (T,) float32, on the device.
         self.a = abar.sqrt().float().to(device)
         self.s = (1 - abar).sqrt().float().to(device)
@@ -1068,9 +1070,9 @@ def layout(root, parts):
             f"The sub-folders of {root}, {', '.join(sorted(tops))}, look like splits of one data "
             f"set, not like classes: give --data_path {root / str(train_split)}.")
     notes = []
-    empty = [entry.name for entry in os.scandir(root)
-             if entry.name not in tops and entry.name[0] != "." and entry.is_dir()]
-    if empty and tops:
+    others = [path.name for path in root.iterdir() if path.name not in tops] if tops else []
+    empty = [name for name in others if name[0] != "." and (root / name).is_dir()]
+    if empty:
         notes.append(f"warning: no images in the sub-folders {', '.join(sorted(empty)[:8])}")
     deeper = {p[1] for p in parts if len(p) > 2}
     if len(tops) == 1 and len(deeper) > 1:
@@ -2018,6 +2020,7 @@ def train_run(config, checkpoint=None):
     check(config)
     runtime = start_runtime(config)
     check_run(config, runtime)
+    step_folder(config.model_path)  # fails if the path is no file's
     with run_locks(config, runtime):
         return train_locked(config, runtime, checkpoint)
 

@@ -161,7 +161,7 @@ CLASHES = [
     ("--resume gone.pt", "gone.pt", "give the path of a file that --mode train wrote"),
     ("--resume", "model.pt_steps", "leave out --resume to start a run"),
     ("--data_path gone", "no folder gone", "cifar10"),
-    ("--data_path notes.txt", "notes.txt", "give --data_path an image folder"),
+    ("--data_path notes.txt", "notes.txt", "give --data_path a folder of images"),
     ("--data_path folder", "saw 1 files (.txt 1)", "accepted .png .jpg"),
     ("--data_path empty", "saw 0 files", "accepted .png .jpg"),
     ("--data_path hidden", "No images in hidden", "accepted .png .jpg"),
@@ -223,7 +223,7 @@ SAMPLING = [
     ("--model_path gone.pt", "gone.pt", "give the path of a file that --mode train wrote"),
     ("--model_path folder", "folder", "give the path of a file that --mode train wrote"),
     ("--model_path=", "No checkpoint", "give the path of a file that --mode train wrote"),
-    ("--resume", "--resume latest", "leave it out"),
+    ("--resume", "--resume is for --mode train", "leave it out"),
     ("--sample_batch_size 100000 --num_samples 10000000", "Out of memory", "--sample_batch_size"),
 ]
 

@@ -238,6 +238,7 @@ def test_the_number_of_a_process_is_that_of_its_gpu(monkeypatch):
     with pretend_gpu.there(), monkeypatch.context() as patch:
         assert ddpm.choose_device("auto") == torch.device("cuda", 0)
         patch.setenv("LOCAL_RANK", "1")
+        patch.setenv("TORCHELASTIC_RUN_ID", "torchrun")
         with pytest.raises(ddpm.UserError, match="Process 1 has no GPU"):
             ddpm.choose_device("auto")
         patch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -175,7 +175,7 @@ def test_the_loss_shows_the_network_the_noised_image_its_timestep_and_its_label(
 
 @pytest.mark.parametrize("predict", PREDICTIONS)
 def test_min_snr_weights(predict):
-    """The error of x0 weighs 1 + min(snr, 5): over snr for eps, over snr + 1 for v."""
+    """The error of x0 weighs 1 + min(snr, 5), over snr + 1 for v; for eps min(snr, 5) over snr."""
     d, plain, (x0, eps) = make(predict, min_snr=5.0), make(predict), images_and_noise(100)
     t = torch.arange(100)
 
@@ -184,8 +184,9 @@ def test_min_snr_weights(predict):
 
     snr = (d.abar / (1 - d.abar))[:-1]
     assert snr[0] > 5 > snr[-1]
-    weight = 1 + torch.minimum(snr, torch.tensor(5.0))
-    weight = weight / {"x0": 1, "eps": snr, "v": snr + 1}[predict]
+    capped = torch.minimum(snr, torch.tensor(5.0))
+    weight = {"x0": 1 + capped, "eps": capped / snr, "v": (1 + capped) / (1 + snr)}[predict]
+    assert weight.max() <= 6, "no timestep takes all"
     torch.testing.assert_close(losses(d), losses(plain) * weight, rtol=1e-5, atol=0)
 
 
