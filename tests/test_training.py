@@ -1063,7 +1063,8 @@ def test_a_signal_inside_a_step_saves_and_exits(train, tmp_path, monkeypatch, ca
     ddpm.load_model(tmp_path / "run" / "model.pt")
 
 
-def test_a_signal_while_a_preview_is_sampled_saves_and_exits(train, tmp_path, monkeypatch):
+@pytest.fixture
+def sigterm_in_previews(monkeypatch):
     real = ddpm.generate
 
     def generate(*args, **kwargs):
@@ -1071,19 +1072,19 @@ def test_a_signal_while_a_preview_is_sampled_saves_and_exits(train, tmp_path, mo
         return real(*args, **kwargs)
 
     monkeypatch.setattr(ddpm, "generate", generate)
+
+
+def test_a_signal_while_a_preview_is_sampled_saves_and_exits(
+    train, tmp_path, sigterm_in_previews
+):
     assert train("--steps 1000 --sample_every 3 --save_every 1000") == 143
     assert last_step(tmp_path / "run")["step"] in (3, 4), "at most one more step is done"
     assert list((tmp_path / "run" / "samples").glob("generated_epoch*.png"))
 
 
-def test_a_signal_during_the_last_preview_leaves_a_finished_run(train, tmp_path, monkeypatch):
-    real = ddpm.generate
-
-    def generate(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(ddpm, "generate", generate)
+def test_a_signal_during_the_last_preview_leaves_a_finished_run(
+    train, tmp_path, sigterm_in_previews
+):
     assert train("--steps 2") == 0
     assert last_step(tmp_path / "run")["step"] == 2
     assert list((tmp_path / "run" / "samples").glob("generated_epoch*.png"))
