@@ -84,8 +84,8 @@ def evenly_spaced(items, n):
     """Up to n elements of an array, evenly spaced from the first to the last."""
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
-# What a seed is derived for, as the second number of `derive_seed`. (The noise of an image has its
-# number there: ImageNoise.)
+# What a seed is derived for, as the second number of `derive_seed`. (ImageNoise passes the number
+# of the image there.)
 Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
 
 def derive_seed(*numbers):
@@ -883,12 +883,12 @@ def build_model(config, image_channels, class_names):
 
 # --------------------------------------------------------------------------------------------- data
 
-# What Pillow names, and what is no image, or needs another program: documents, films, data.
+# Formats that Pillow lists but are no images, or that it needs another program to open.
 NO_IMAGES = {"PDF", "EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 ARRAYS = {".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".parquet", ".tfrecord", ".csv"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-DECODER_VERSION = 2  # raised when `decode` gives other pixels, so that old caches are not used
+DECODER_VERSION = 3  # raised when `decode` gives other pixels, so that old caches are not used
 
 # Images before decoding. labels: (N,) ints, -1 for none; key: changes whenever the images do;
 # open(i): the PIL image; notes: sentences about what else there is.
@@ -931,12 +931,11 @@ def largest_value(image):
     return values[np.isfinite(values)].max(initial=0)
 
 def white_level(largest):
-    """What is white where values go up to the largest: the smallest power of two that holds it,
-    such as 4096 for 12 bits (4095, if they are integers); 1 for floats up to 1."""
-    power = 2 ** math.ceil(math.log2(max(largest, 1)))
-    if largest == power and largest >= 256:
-        power *= 2
-    return power - 1 if power >= 256 else power
+    """What is white where values go up to the largest: the most that its number of bits can hold,
+    such as 4095 of 12 bits; up to 128 the next power of two, such as 1 for floats up to 1."""
+    if largest > 128:
+        return 2 ** int(largest).bit_length() - 1
+    return 2 ** math.ceil(math.log2(max(largest, 1)))
 
 def to_8_bits(image, white):
     """A PIL image of more than 8 bits as one of 8, where white becomes 255."""
@@ -979,7 +978,7 @@ def image_suffixes():
     Image.init()
     kinds = Image.OPEN.keys() - NO_IMAGES
     registered = Image.registered_extensions()
-    return {suffix for suffix, kind in registered.items() if kind in kinds} | {".mpo"}
+    return {suffix for suffix, kind in registered.items() if kind in kinds} | {".mpo"}  # as JPEG
 
 def list_images(root):
     """The image files below a folder, sorted; a Counter of the suffixes of all others but hidden
@@ -1066,9 +1065,10 @@ def layout(root, parts):
     tops = {p[0] for p in parts if len(p) > 1}
     by_case = {name.lower(): name for name in tops}
     train_split = by_case.get("train") or by_case.get("training")
-    require(not train_split or len(tops) < 2 or not by_case.keys() <= SPLITS,
-            f"The sub-folders of {root}, {', '.join(sorted(tops))}, look like splits of one data "
-            f"set, not like classes: give --data_path {root / str(train_split)}.")
+    are_splits = train_split and len(tops) > 1 and by_case.keys() <= SPLITS
+    require(not are_splits, f"The sub-folders of {root}, {', '.join(sorted(tops))}, look like "
+            "splits of one data set, not like classes: give --data_path "
+            f"{root / str(train_split)}.")
     notes = []
     others = [path.name for path in root.iterdir() if path.name not in tops] if tops else []
     empty = [name for name in others if name[0] != "." and (root / name).is_dir()]
@@ -1191,13 +1191,13 @@ def decode_all(source, chosen, size, path):
         def decode_row(row):
             with contextlib.closing(source.open(chosen[row])) as image:
                 decoded = decode(image, size, channels, white)
-            contrast[row] = np.ptp(decoded)
+            contrast[row] = np.ptp(decoded, axis=(1, 2)).max()  # of all red is 0 too
             pixels[row] = decoded
 
         errors = for_each_row(decode_row, range(len(chosen)), "decoding")
         pixels.flush()
-        rare = coloured if coloured.mean() < 0.1 else []
-        about = dict(unreadable=errors, white=white, coloured=np.flatnonzero(rare).tolist(),
+        rare = np.flatnonzero(coloured) if coloured.mean() < 0.1 else np.array([])
+        about = dict(unreadable=errors, white=white, coloured=rare.tolist(),
                      blank=np.flatnonzero(contrast < 16).tolist())
         atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
         os.replace(partial, path)
@@ -1323,7 +1323,7 @@ def make_optimizer(config, model, device):
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan 2024) for the convolutions but the first and last, AdamW for all other weights.
-    A convolution, as a matrix (out, in * kh * kw), moves by its momentum made orthogonal. That is
+    Its weight, as a matrix (shape[0], all else), moves by its momentum made orthogonal. That is
     scaled to the size of Adam's updates (Liu et al. 2025, section 2.2): one learning rate serves
     both. Attention and embeddings gain too little by it to pay for its time on a CPU."""
     def __init__(self, model, **options):
@@ -1352,13 +1352,13 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize(matrix):
     """A matrix (m, n) with its singular values brought to about 1, by five Newton-Schulz steps
-    (Jordan 2024). Each multiplies it by a polynomial of its product with itself, which is smaller:
-    the polynomials are multiplied first."""
+    (Jordan 2024): X <- P X with P = 3.4445 - 4.7750 A + 2.0315 A A and A = X X'. A and P are
+    smaller than X: `product` collects the five P, and X is multiplied once."""
     m, n = matrix.shape
     if m > n:
         return orthogonalize(matrix.T).T
     matrix = matrix / (matrix.norm() + 1e-7)
-    gram = matrix @ matrix.T                       # (m, m)
+    gram = matrix @ matrix.T                       # A, (m, m)
     product = torch.eye(m, device=matrix.device)
     for _ in range(5):
         polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
@@ -1568,7 +1568,7 @@ def find_resume(config):
 def set_aside(path):
     """Rename what an earlier run wrote, lest a new one overwrite it, and print its new name."""
     if path.exists():
-        kept = unused(path.with_name(f"{path.name}.previous"))
+        kept = free_path(path.with_name(f"{path.name}.previous"))
         path.rename(kept)
         print(f"kept      the earlier {path.name}, as {kept.name}")
 
@@ -1582,7 +1582,7 @@ def set_aside_samples(folder):
     """Move what an earlier run wrote to --samples_dir, if any, into a folder in it."""
     if not (folder / "metrics.jsonl").exists():
         return
-    kept = unused(folder / "previous")
+    kept = free_path(folder / "previous")
     kept.mkdir()
     for pattern in RUN_FILES:
         for path in folder.glob(pattern):
@@ -1592,7 +1592,7 @@ def set_aside_samples(folder):
 RUN_FILES = ("metrics.jsonl", "loss_graph.png", "dataset_grid.png", "schedules.png",
              "forward_process.png", "*_epoch*.png", "tensorboard")
 
-def unused(path):
+def free_path(path):
     """The path, or the first of path2, path3 and so on that does not exist."""
     numbered = path
     n = 2
@@ -1804,8 +1804,8 @@ def lock(path, flag, place):
                 path.unlink()
 
 def is_held(file, host):
-    """Whether a run that lives holds a lock file, which this process has opened; it is locked now
-    if not. The lock of a dead process is gone on its machine; on another the file gets old."""
+    """Try to lock a file that this process has opened; whether a living run on `host` has it
+    instead. A dead run's lock is gone on its own machine; seen from another, its file gets old."""
     try:
         import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2035,8 +2035,8 @@ def train_locked(config, runtime, checkpoint):
                 print(f"warning: --{name} has no effect: there are no classes to learn")
         config = override(config, guidance=1.0)  # there is no class to guide by
     torch.manual_seed(config.seed)
-    new_config = override(config, pretrained=False) if checkpoint else config
-    model = build_model(new_config, images.channels, images.class_names)
+    needed = override(config, pretrained=False) if checkpoint else config  # its weights come below
+    model = build_model(needed, images.channels, images.class_names)
     origin = load_matching_weights(model, initial, config) if initial else None
     state = TrainState(config, model, images, runtime)
     if checkpoint:
@@ -2103,7 +2103,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                 means = meter.read()
                 if logger and means:
                     logger.log_training(state, means)
-                    if state.step <= start_step + config.log_every:
+                    if not bar.postfix:  # the first time
                         print_forecast(state, means["images_per_s"])
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             if save_due and logger:  # first: a preview can outlast the time from SIGTERM to SIGKILL
@@ -2245,10 +2245,15 @@ def open_run(config, state):
     """Prepare the folders of a run and write the plots of its start. Returns its MetricsLogger."""
     tracker = make_tracker(config)  # fails now, before anything is renamed
     folder = step_folder(config.model_path)
-    model_name = glob.escape(Path(config.model_path).name)
-    for partial in [*folder.glob(".step_*.tmp"), *folder.parent.glob(f".{model_name}.*.tmp")]:
+    name = Path(config.model_path).name
+    partial_models = [path for path in folder.parent.glob(f".{glob.escape(name)}.*.tmp")
+                      if path.name[len(name) + 2 : -4].isdigit()]  # not those of a `name.other`
+    for partial in [*folder.glob(".step_*.tmp"), *partial_models]:
         partial.unlink()  # a crash left it
-    continues = state.step > 0 and Path(config.resume).resolve().parent == folder.resolve()
+    rename_old_step_folder(config.model_path)
+    resumed_from = Path(config.resume or "").resolve()
+    was_renamed = not resumed_from.exists()  # just now, with its folder
+    continues = state.step > 0 and (was_renamed or resumed_from.parent == folder.resolve())
     if continues:
         for file in step_files(config.model_path):
             if file.stem > f"step_{state.step:08d}":  # unreadable, or of another branch of the run
@@ -2355,6 +2360,7 @@ class MetricsLogger:
         """Write the first line and, of a run that is resumed at this step, the rows before it. What
         other runs wrote is set aside."""
         head = dict(config={})
+        rows = []
         with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
             head, rows = read_metrics(self.path)
         if step and model_from_samples(head["config"]) == model_from_samples(vars(self.config)):
@@ -2502,8 +2508,8 @@ def reverse_timesteps(config):
     steps = max(1, round(strength * config.sampling_steps))
     return spaced_timesteps(noise_levels, steps)
 
-# Previews and sample_run call sample_images, which calls generate for each batch, which runs a
-# sampler.
+# sample_run and sample_images, which previews call, run sample_batches; it runs generate for each
+# batch, and that a sampler.
 
 def generate(model, diffusion, config, indices, labels, precision="fp32", image=None, mask=None):
     """Sample the images number `indices` with these labels (-1: none). Yields (t, x, x0) after each
@@ -2554,7 +2560,7 @@ def process_share(n):
 
 def sample_batches(model, diffusion, config, labels, precision, indices, on_step=None, image=None,
                    mask=None):
-    """Sample the images number `indices` of those with these labels. Yields (numbers, images uint8
+    """Sample the images number `indices`; image i has labels[i]. Yields (numbers, images uint8
     (n, C, size, size) on the CPU) after each batch. on_step, image, mask: as in `sample_images`."""
     for first in range(0, len(indices), config.sample_batch_size):
         batch = indices[first : first + config.sample_batch_size]
@@ -2684,10 +2690,11 @@ def images_to_sample(config, text, max_kept):
     return kept, todo
 
 def is_from(path, text):
-    """Whether a PNG has these text entries."""
+    """Whether a PNG has these text entries, and no other of ours."""
     try:
         with Image.open(path) as image:
-            return prefixed(text).items() <= image.info.items()
+            ours = {key: value for key, value in image.info.items() if key.startswith("ddpm:")}
+        return ours == prefixed(text)
     except (OSError, ValueError, SyntaxError):  # no PNG, or a damaged one
         return False
 

@@ -229,6 +229,13 @@ def test_a_single_image_in_colour_is_named(tmp_path):
     assert "1 of 20 images" in note and "07.png" in note
 
 
+def test_images_of_one_colour_are_warned_of(tmp_path):
+    for name in ("red", "black", "white"):
+        flat("RGB", name).save(tmp_path / f"{name}.png")
+    (note,) = [note for note in load(tmp_path).notes if "next to nothing" in note]
+    assert "3 of 3 images" in note
+
+
 def test_images_in_which_nothing_is_to_be_seen_are_warned_of(tmp_path):
     """A single bright pixel sets the scale, and leaves the others black."""
     values = np.zeros((16, 16), np.uint16)

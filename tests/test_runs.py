@@ -75,6 +75,22 @@ def test_a_folder_of_step_checkpoints_of_an_earlier_version_is_found(train, caps
     assert Path("run/model.pt_steps/step_00000009.pt.previous").exists()
 
 
+def test_a_named_checkpoint_of_an_earlier_version_goes_on_with_its_run(train):
+    assert train() == 0
+    Path("run/model.pt_steps").rename("run/model_steps")
+    assert train("--resume run/model_steps/step_00000002.pt --steps 3") == 0
+    assert set_steps("run/model.pt_steps") == [2, 3]
+    assert not list(Path("run").rglob("*previous*")), "nothing was another run's"
+
+
+def test_only_the_partial_files_of_this_model_are_removed(train):
+    Path("run").mkdir()
+    for name in (".model.pt.4242.tmp", ".model.pt.1.4242.tmp"):
+        Path("run", name).write_bytes(b"half")
+    assert train() == 0
+    assert [path.name for path in Path("run").glob(".*.tmp")] == [".model.pt.1.4242.tmp"]
+
+
 def test_a_folder_of_an_earlier_version_that_is_another_models_is_left_alone(train, capsys):
     assert train("--model_path m/lr0.01") == 0
     Path("m/lr0.01_steps").rename("m/lr0_steps")
@@ -430,6 +446,13 @@ def count_batches(monkeypatch, stop_at=None):
 
     monkeypatch.setattr(ddpm, "generate", generate)
     return batches
+
+
+def test_files_of_an_interpolation_are_not_taken_for_a_sampling(sample, monkeypatch):
+    assert sample("--num_samples 7 --interpolate 5") == 0
+    batches = count_batches(monkeypatch)
+    assert sample("--num_samples 7") == 0
+    assert batches == [[0, 1], [2, 3], [4, 5], [6]]
 
 
 def test_images_are_written_as_they_are_made_and_a_second_start_goes_on(

@@ -842,7 +842,7 @@ def test_the_banner_says_what_the_run_costs(train, capsys):
 
 
 def test_the_first_steps_say_how_long_the_run_takes(train, capsys):
-    assert train("--steps 3 --log_every 1") == 0
+    assert train("--steps 3 --log_every 3 --save_every 1") == 0
     said = capsys.readouterr().out
     assert said.count("speed ") == 1 and "12 images in" in said
 
