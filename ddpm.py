@@ -2047,7 +2047,7 @@ def train_locked(config, runtime, checkpoint):
             origin += f": the run is finished. To train on, give a larger --{lengths[0]}"
         checkpoint.clear()  # or it would take memory to the end
     diffusion = make_diffusion(config, runtime.device)
-    print_banner(config, state, runtime, origin)
+    print_banner(config, state, runtime, diffusion.abar_T, origin)
     if config.dry_run:
         dry_run(config, state, diffusion, runtime)
         return None
@@ -2169,11 +2169,10 @@ def dry_run(config, state, diffusion, runtime):
 
 ENOUGH_FOR_PHOTOS = 300_000  # images seen in training
 
-def print_banner(config, state, runtime, origin):
+def print_banner(config, state, runtime, abar_T, origin):
     """Print what the run will do. origin: where its weights come from; None: random."""
     images = state.images
     n = len(images.train)
-    abar_T = make_diffusion(config).abar_T
     parameters = sum(p.numel() for p in state.model.parameters())
     labels = images.labels[images.train]
     counts = torch.bincount(labels[labels >= 0], minlength=len(images.all_class_names)).tolist()
@@ -2392,7 +2391,7 @@ class MetricsLogger:
         for q, loss in enumerate(values.get("loss_quarters", ()), 1):
             if loss is not None:
                 numbers[f"loss/quarter_{q}"] = loss
-        self.tracker.log_numbers(state.step, numbers)
+        self.tracker.log(state.step, numbers)
 
     def log_training(self, state, means):
         """A row about training since the last one. means: of LossMeter.read."""
@@ -2408,59 +2407,46 @@ class MetricsLogger:
             grids = write_previews(preview, state.epochs(), state.images.class_names, self.folder)
             self.files += grids.values()
             tracked = {name: grids[name] for name in ("compared", "generated")}
-            self.tracker.log_images(state.step, tracked)
+            self.tracker.log(state.step, image_files=tracked)
             self.files.append(plot_loss(self.rows, self.folder / "loss_graph.png"))
 
 class Tracker:
-    """Logs to what --logger names: TensorBoard, Weights & Biases or, with none, nothing."""
+    """Logs to what --logger names: TensorBoard, Weights & Biases, which gets all that is written
+    for TensorBoard, or nothing."""
     def __init__(self, config):
-        self.kind = config.logger
-        if self.kind == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            self.open_writer = SummaryWriter
-            self.folder = Path(config.samples_dir, "tensorboard")
-        elif self.kind == "wandb":
+        self.logger = config.logger
+        self.writer = None
+        if self.logger == "none":
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        self.open_writer = functools.partial(SummaryWriter, Path(config.samples_dir, "tensorboard"))
+        if self.logger == "wandb":
             import wandb
             Path(config.samples_dir).mkdir(parents=True, exist_ok=True)
             settings = dataclasses.asdict(config)
-            self.run = wandb.init(project="ddpm", dir=config.samples_dir, config=settings)
-            self.to_image = wandb.Image
+            wandb.init(project="ddpm", dir=config.samples_dir, config=settings,
+                       sync_tensorboard=True)
 
     def start(self, step):
         """Begin at a step; of a run that is resumed, what was logged beyond it is hidden."""
-        with self.tolerated():
-            if self.kind == "tensorboard":
-                self.writer = self.open_writer(self.folder, purge_step=step + 1)
+        if self.logger != "none":
+            with optional(f"--logger {self.logger}"):
+                self.writer = self.open_writer(purge_step=step + 1)
 
-    def log_numbers(self, step, numbers):
-        with self.tolerated():
-            if self.kind == "tensorboard":
-                for name, value in numbers.items():
-                    self.writer.add_scalar(name, value, step)
-                self.writer.flush()
-            elif self.kind == "wandb":
-                self.run.log(numbers, step=step)
-
-    def log_images(self, step, paths):
-        with self.tolerated():
-            if self.kind == "tensorboard":
-                for name, path in paths.items():
-                    pixels = np.asarray(Image.open(path).convert("RGB"))
-                    self.writer.add_image(name, pixels, step, dataformats="HWC")
-                self.writer.flush()
-            elif self.kind == "wandb":
-                images = {name: self.to_image(path) for name, path in paths.items()}
-                self.run.log(images, step=step)
-
-    @contextlib.contextmanager
-    def tolerated(self):
-        """A failure while in this context ends the logging, not the training."""
-        with optional(f"--logger {self.kind}"):
-            try:
-                yield
-            except Exception:
-                self.kind = "none"
-                raise
+    def log(self, step, numbers=None, image_files=None):
+        """Log numbers, {name: value}, and images, {name: path}. A failure ends the logging."""
+        writer = self.writer
+        if writer is None:
+            return
+        self.writer = None
+        with optional(f"--logger {self.logger}"):
+            for name, value in (numbers or {}).items():
+                writer.add_scalar(name, value, step)
+            for name, path in (image_files or {}).items():
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                writer.add_image(name, pixels, step, dataformats="HWC")
+            writer.flush()
+            self.writer = writer
 
 def make_tracker(config):
     """The Tracker of --logger. UserError if a package is missing, or nobody is logged in."""
@@ -2561,7 +2547,8 @@ def process_share(n):
 def sample_batches(model, diffusion, config, labels, precision, indices, on_step=None, image=None,
                    mask=None):
     """Sample the images number `indices`; image i has labels[i]. Yields (numbers, images uint8
-    (n, C, size, size) on the CPU) after each batch. on_step, image, mask: as in `sample_images`."""
+    (n, C, size, size) on the CPU) after each batch. on_step(start, t, x) is called after each step
+    of the batch that starts with image number `start`. image, mask: as in `generate`."""
     for first in range(0, len(indices), config.sample_batch_size):
         batch = indices[first : first + config.sample_batch_size]
         batch_labels = [labels[i] for i in batch]
@@ -2571,12 +2558,11 @@ def sample_batches(model, diffusion, config, labels, precision, indices, on_step
                 on_step(batch[0], t, x)
         yield batch, crop(to_pixels(x), config.image_size).cpu()  # x of the last step
 
-def sample_images(model, diffusion, config, labels, precision, on_step=None, image=None, mask=None):
+def sample_images(model, diffusion, config, labels, precision):
     """An image per label, sampled in batches that all processes share: uint8 (N, C, size, size) on
-    the CPU of each. on_step(start, t, x) is called after each step of the batch that starts with
-    image number `start`; what it raises ends the sampling. image, mask: of `generate`."""
-    batches = sample_batches(model, diffusion, config, labels, precision,
-                             process_share(len(labels)), on_step, image, mask)
+    the CPU of each."""
+    mine = process_share(len(labels))
+    batches = sample_batches(model, diffusion, config, labels, precision, mine)
     return gather_images([pixels for _, pixels in batches], config, model)
 
 def gather_images(batches, config, model):

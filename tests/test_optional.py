@@ -38,20 +38,15 @@ def test_a_tracker_that_fails_is_left_out_and_training_goes_on(train, monkeypatc
     assert capsys.readouterr().err.count("warning: --logger tensorboard failed") == 1
 
 
-@pytest.mark.parametrize("name", ("log_numbers", "log_images"))
-def test_no_failure_of_wandb_is_fatal(monkeypatch, capsys, tmp_path, name):
-    def fail(*args, **kwargs):
-        raise RuntimeError("the network is down")
-
-    wandb = types.ModuleType("wandb")
-    wandb.Image = fail
-    wandb.init = lambda **_: types.SimpleNamespace(log=fail)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    tracker = ddpm.make_tracker(ddpm.Config(logger="wandb", samples_dir=str(tmp_path)))
+@pytest.mark.parametrize("what", ("numbers", "image_files"))
+def test_no_failure_of_a_tracker_is_fatal(capsys, tmp_path, what):
+    tracker = ddpm.make_tracker(ddpm.Config(logger="tensorboard", samples_dir=str(tmp_path)))
+    tracker.start(0)
+    tracker.log(1, {"loss": 0.5})
     for _ in range(2):
-        getattr(tracker, name)(1, {"loss": 1})
+        tracker.log(2, **{what: {"loss": "neither a number nor a file"}})
     said = capsys.readouterr().err
-    assert said.count("the network is down") == 1 and "--logger wandb failed" in said
+    assert said.count("warning: --logger tensorboard failed") == 1
 
 
 def test_wandb_without_a_login_is_a_sentence_before_training(train, monkeypatch, capsys):
@@ -59,7 +54,7 @@ def test_wandb_without_a_login_is_a_sentence_before_training(train, monkeypatch,
         raise ValueError("api_key not configured (no-tty)")
 
     wandb = types.ModuleType("wandb")
-    wandb.Image = wandb.init = init
+    wandb.init = init
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     before_step(monkeypatch, 0, lambda: pytest.fail("a step was computed"))
     assert train("--logger wandb") == 1
