@@ -58,6 +58,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+__version__ = "2.0.0"
 FORMAT = 1  # of checkpoints; raised when an older file can no longer be read as it is
 
 class UserError(Exception):
@@ -1892,9 +1893,9 @@ class TrainState:
     def save(self):
         """Write the model and a step checkpoint, delete those beyond --keep_last. Returns paths."""
         model_state = dict(
-            format=FORMAT, config=dataclasses.asdict(self.config), classes=self.model.class_names,
-            channels=self.model.image_channels, white=self.images.white,
-            data=self.images.fingerprint,
+            format=FORMAT, version=__version__, config=dataclasses.asdict(self.config),
+            classes=self.model.class_names, channels=self.model.image_channels,
+            white=self.images.white, data=self.images.fingerprint,
             held_out=self.images.validation.tolist(), step=self.step, seconds=self.seconds(),
             weights=dict(self.model.state_dict()), ema=dict(self.ema.state_dict()))
         if not all_finite(model_state["weights"], model_state["ema"]):
@@ -2367,8 +2368,9 @@ class MetricsLogger:
         else:
             set_aside_samples(self.folder)
         self.head = dict(
-            config=dataclasses.asdict(self.config), data=data, torch=torch.__version__,
-            torchvision=torchvision.__version__, python=platform.python_version())
+            config=dataclasses.asdict(self.config), data=data, version=__version__,
+            torch=torch.__version__, torchvision=torchvision.__version__,
+            python=platform.python_version())
         self.files.append(self.write())
         self.tracker.start(step)
 
@@ -2980,16 +2982,17 @@ class Parser(argparse.ArgumentParser):
                                  help=argparse.SUPPRESS)
             return
         is_tuple = typing.get_origin(field.type) is tuple
+        kind = (typing.get_args(field.type) or [field.type])[0]  # int of tuple[int, ...]
+        choices = list(PRESETS) if name == "preset" else field.metadata["choices"]
+        if choices:
+            meaning += f": {' '.join(choices)}"
         default = " ".join(map(str, field.default)) if is_tuple else field.default
         if default not in (None, ""):
             meaning += f" (default: {default})"
-        kind = (typing.get_args(field.type) or [field.type])[0]  # int of tuple[int, ...]
-        options = dict(type=kind, help=meaning, choices=field.metadata["choices"])
-        if name == "preset":
-            options["choices"] = list(PRESETS)
-        if not options["choices"]:
-            metavars = {int: "N", float: "X", str: "PATH"}
-            options["metavar"] = "NAMES" if name == "classes" else metavars[kind]
+        metavar = {int: "N", float: "X", str: "PATH"}[kind]
+        if choices or name == "classes":
+            metavar = "NAME"
+        options = dict(type=kind, choices=choices, metavar=metavar, help=meaning)
         if is_tuple:
             options["nargs"] = "+"
         if name == "resume":
@@ -3058,7 +3061,11 @@ def run_mode(mode, given):
 
 def main(argv=None):
     """Run a command line and return its exit code."""
-    parser = Parser("ddpm.py", allow_abbrev=False, description=__doc__.splitlines()[0])
+    parser = Parser(
+        "ddpm.py", usage="python ddpm.py --mode train|sample [flags]", allow_abbrev=False,
+        description=__doc__.splitlines()[0], formatter_class=functools.partial(
+            argparse.HelpFormatter, max_help_position=27, width=100))
+    parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--mode", choices=("train", "sample"), required=True, help="what to do")
     parser.add_settings(flag_groups())
     given = parser.parse(sys.argv[1:] if argv is None else argv)
