@@ -6,6 +6,7 @@ and the picture's number, so the same command always draws the same pictures.
 """
 
 import argparse
+import json
 import math
 import random
 from dataclasses import dataclass, field, replace
@@ -143,10 +144,11 @@ class Pen:
 def paint(image, forms, light, scale=1.0, shift=(0.0, 0.0)):
     """Paints the forms on the image; `light` points towards the light."""
     unit = image.width
+    zoom = unit / SIZE
     for f in forms:
         polys = [(p * scale + shift) * unit for p in f.polys]
         every = np.vstack(polys)
-        soft = float(np.clip((every.max(0) - every.min(0)).min() * 0.16, 2, 26))
+        soft = float(np.clip((every.max(0) - every.min(0)).min() * 0.16, 0.5 * zoom, 6.5 * zoom))
         low = np.clip(np.floor(every.min(0) - 3 * soft - 12), -unit, 2 * unit).astype(int)
         high = np.clip(np.ceil(every.max(0) + 3 * soft + 12), -unit, 2 * unit).astype(int)
         box, corner = tuple((high - low).tolist()), tuple(low.tolist())
@@ -155,7 +157,7 @@ def paint(image, forms, light, scale=1.0, shift=(0.0, 0.0)):
             loop = [tuple(q) for q in (p - low).tolist()]
             ImageDraw.Draw(mask).polygon(loop, fill=255)
             if f.edge:
-                ImageDraw.Draw(rim).line([*loop, *loop[:2]], fill=255, width=round(3.6 * ZOOM), joint="curve")
+                ImageDraw.Draw(rim).line([*loop, *loop[:2]], fill=255, width=round(3.6 * zoom), joint="curve")
         for shapes, colour in f.marks:
             for p in shapes:
                 loop = (p * scale + shift) * unit - low
@@ -165,7 +167,7 @@ def paint(image, forms, light, scale=1.0, shift=(0.0, 0.0)):
         if f.edge:
             image.paste(dark(f.colour, 0.7), corner, rim)
         if f.alpha < 1:
-            mask = mask.filter(ImageFilter.GaussianBlur(6)).point(lambda v, a=f.alpha: round(v * a))
+            mask = mask.filter(ImageFilter.GaussianBlur(1.5 * zoom)).point(lambda v, a=f.alpha: round(v * a))
         image.paste(layer, corner, mask)
 
 
@@ -284,10 +286,17 @@ class Animal:
     gaze: float  # -1 looks left, 1 right
     lids: float  # how wide the eyes are open; 0 is shut and happy
     side: float  # how far the face is turned
+    wears: str = "collar"  # a dog's, or one of ACCESSORIES
+    cloth: tuple = ()  # the colour of what it wears
+    wears: str = "collar"  # a dog's; or one of ACCESSORIES
+    cloth: tuple = ()  # colour of what it wears
 
 
 def eyes(pen, x, y, r, a, pupil):
     """A pair of eyes; the pupil's half width is 0 for plain dark eyes."""
+    if a.wears != "collar" and not pupil:  # captions say the colour of all eyes
+        pupil = 0.5
+        r *= 1.25
     for k in (1, -1):
         eye = pen.at(k * x, y, r)
         if not a.lids:
@@ -466,6 +475,7 @@ BUILDS = {
     "dog": Build(dog_head, 0.62, 0.26, 0.2),
     "lion": Build(lion_head, 0.58, 0.34, 0.15),
     "tiger": Build(tiger_head, 0.66, 0.34, 0.21),
+    "elephant": Build(elephant_head, 0.5, 0.42, 0.12),
 }
 
 
@@ -489,13 +499,20 @@ def tail(pen, a, path):
 
 
 def head(pen, a, x, y, size=1.0):
-    """The head on a body; a dog also gets a collar."""
+    """The head on a body, with what it wears."""
     build = BUILDS[a.kind]
-    if a.kind == "dog":
+    if a.kind == "dog" and a.wears == "collar":
         low = y + 0.98 * build.head * size
         collar(pen, a, [(x - 0.36, low - 0.14), (x, low + 0.04), (x + 0.34, low - 0.14)])
     turn, wide = a.rng.uniform(-7, 7), a.rng.uniform(0.94, 1.06)
-    build.draw_head(pen.at(x, y, build.head * size, turn, wide=wide, bold=1.5), a)
+    dressed_head(pen.at(x, y, build.head * size, turn, wide=wide, bold=1.5), a)
+
+
+def dressed_head(pen, a):
+    """The head and its accessory."""
+    BUILDS[a.kind].draw_head(pen, a)
+    if a.wears in ACCESSORIES:
+        ACCESSORIES[a.wears](pen, a)
 
 
 def collar(pen, a, path):
@@ -503,6 +520,49 @@ def collar(pen, a, path):
     colour = a.rng.choice([(214, 60, 64), (52, 112, 190), (40, 150, 120), (240, 190, 50), (140, 80, 170)])
     pen.form(stroke(path, 0.17, 0.17, 0.17), colour, shade=0.4)
     pen.form([oval(path[1][0], path[1][1] + 0.14, 0.1)], (250, 214, 90), shade=0.3)
+
+
+# ---------------------------------------------------------------- accessories, in the head's coordinates
+
+NECK = {"cat": 1.0, "dog": 1.16, "elephant": 1.36, "lion": 1.36, "tiger": 1.12}
+CROWN = {"cat": -0.72, "dog": -0.8, "elephant": -0.86, "lion": -1.2, "tiger": -0.8}
+EYES = {"cat": (0.45, -0.02), "dog": (0.44, -0.2), "elephant": (0.52, -0.14)}
+
+
+def scarf(pen, a):
+    y = NECK[a.kind]
+    wide = 1.1 if a.kind in ("lion", "elephant") else 0.8
+    end = stroke([(0.42, y + 0.1), (0.56, y + 0.5), (0.5, y + 0.86)], 0.4, 0.42, 0.46)[:1]
+    pen.form(end, a.cloth, free=True)
+    pen.form(stroke([(-wide, y - 0.16), (0, y + 0.14), (wide, y - 0.16)], 0.36, 0.42, 0.36), a.cloth)
+
+
+def bow_tie(pen, a):
+    y = NECK[a.kind] + 0.14
+    wing = smooth(".06 -.1, .62 -.36, .74 0, .62 .36, .06 .1") + (0, y)
+    pen.pair([wing], a.cloth)
+    pen.form([oval(0, y, 0.17, 0.19)], dark(a.cloth, 0.15))
+
+
+def hat(pen, a):
+    top = pen.at(a.side * 0.5, CROWN[a.kind])
+    top.form([smooth("-.5 0, -.56 -.72, 0 -.84, .56 -.72, .5 0")], a.cloth)
+    top.form(stroke("-.44 -.14, 0 -.1, .44 -.14", 0.18, 0.18, 0.18), dark(a.cloth, 0.5), edge=False)
+    top.form(stroke("-.86 -.02, 0 .08, .86 -.02", 0.17, 0.2, 0.17), a.cloth)
+
+
+def glasses(pen, a):
+    x, y = EYES.get(a.kind, (0.45, -0.05))
+    face = pen.at(a.side)
+    ring = [oval(0, 0, 0.36), oval(0, 0, 0.24)]
+    rim = np.vstack([ring[0], ring[0][:1], ring[1][::-1], ring[1][-1:]])
+    face.flat(twin([rim + (x, y)]), a.cloth)
+    face.flat(stroke([(-x + 0.3, y), (0, y - 0.05), (x - 0.3, y)], 0.1, 0.1, 0.1), a.cloth)
+
+
+ACCESSORIES = {"scarf": scarf, "hat": hat, "glasses": glasses, "bow tie": bow_tie}
+
+# ---------------------------------------------------------------- poses
 
 
 def sitting(pen, a):
@@ -543,10 +603,9 @@ def portrait(pen, a):
     if a.kind == "elephant":
         trunk = both("0 -.3, .9 0, 1.35 .8, 1.5 2, 1.5 3.8, 0 4")
     pen.form([trunk], dark(c.base, 0.3) if a.kind == "elephant" else c.base, marks, free=True)
-    if a.kind == "dog":
+    if a.kind == "dog" and a.wears == "collar":
         collar(pen, a, [(-0.6, 0.98), (0, 1.25), (0.6, 0.98)])
-    draw = elephant_head if a.kind == "elephant" else BUILDS[a.kind].draw_head
-    draw(pen.at(turn=a.rng.uniform(-5, 5), wide=a.rng.uniform(0.95, 1.04)), a)
+    dressed_head(pen.at(turn=a.rng.uniform(-5, 5), wide=a.rng.uniform(0.95, 1.04)), a)
 
 
 def elephant_front(pen, a):
@@ -570,6 +629,7 @@ SCENES = {
     "green room": "b0d0b8 bedac6 d6b892", "plain blue": "78b2d6 aad4ea",
     "plain violet": "a89cce cec4e4", "plain mint": "80c4b0 b8e2d0",
     "plain cream": "f8e2b0 fcf0d2", "plain teal": "387684 60a0a8",
+    "night": "1a2250 3a4890 26305e", "desert": "f6cf8e fae8bc e6b45a", "sea": "8cd0f4 d2f0fc 2876be",
 }
 HABITATS = {
     "cat": "blue room,meadow,plain cream,rose room,plain teal,green room,plain mint,dusk,snow,plain violet",
@@ -584,9 +644,8 @@ def scene_colours(name):
     return [ImageColor.getrgb(f"#{c}") for c in SCENES[name].split()]
 
 
-def background(name, rng, horizon):
+def background(name, rng, horizon, side):
     """A calm, slightly blurred background."""
-    side = SIZE * ZOOM
     top, low, *ground = (mix(c, WHITE, rng.uniform(0, 0.12)) for c in scene_colours(name))
     fade = np.clip(np.linspace(0, 1 / horizon if ground else 1, side), 0, 1)[:, None, None]
     sky = np.asarray(top) * (1 - fade) + np.asarray(low) * fade + 0.5
@@ -606,7 +665,7 @@ def background(name, rng, horizon):
             landscape(pen, name, rng, horizon, low, ground[0], x, k)
             pen.flat(floor, ground[0])
     paint(image, pen.forms, (0, 0))
-    return image.filter(ImageFilter.GaussianBlur(4))
+    return image.filter(ImageFilter.GaussianBlur(side / SIZE))
 
 
 def landscape(pen, name, rng, horizon, low, ground, x, k):
@@ -626,6 +685,13 @@ def landscape(pen, name, rng, horizon, low, ground, x, k):
     elif name == "jungle":
         for i, (x, y) in enumerate(points(".02 .3, .98 .24, .12 .08, .88 .06, .97 .5, .04 .54")):
             pen.flat([oval(x, y, 0.07, 0.24, 48 if x > 0.5 else -48)], mix(tree, low, 0.12 * (i % 3)))
+    elif name == "night":
+        pen.flat([oval(rng.random(), rng.uniform(0, horizon), 0.016) for _ in range(14)], (250, 244, 200))
+    elif name == "desert":
+        y = horizon - 0.04
+        cactus = stroke([(x, y + 0.1), (x, y - 0.3)], 0.07, 0.07)
+        cactus += stroke([(x, y - 0.04), (x + 0.11, y - 0.08), (x + 0.11, y - 0.2)], 0.05, 0.05, 0.05)
+        pen.flat(cactus, (70, 140, 80))
 
 
 def pick_scene(options, start, coat):
@@ -659,6 +725,22 @@ def tinted(image, rng):
     return Image.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 
+def framed(pen, pose, scene, rng, side, shrink):
+    """The finished picture of a pen's forms in a scene: painted at `side` pixels, then shrunk."""
+    corners = np.vstack([p for f in pen.forms if not f.free and f.alpha == 1 for p in f.polys])
+    low, span = corners.min(0), corners.max(0) - corners.min(0)
+    scale = rng.uniform(0.88, 0.94) / span.max()
+    room = 1 - span * scale
+    x, y = room[0] * rng.uniform(0.35, 0.65), room[1] * rng.uniform(0.35, 0.65)
+    if pose != "head":
+        y = min(room[1] * rng.uniform(0.7, 0.9), 0.96 - span[1] * scale)
+    image = background(scene, rng, rng.uniform(0.54, 0.68), side)
+    angle = math.radians(rng.uniform(35, 75))
+    light = (math.cos(angle) * rng.choice((1, -1)), -math.sin(angle))
+    paint(image, pen.forms, light, scale, np.array([x, y]) - low * scale)
+    return tinted(image.resize((side // shrink,) * 2, Image.Resampling.LANCZOS), rng)
+
+
 def picture(kind, seed, index):
     """Draws picture number `index` of a kind of animal."""
     name, rng = f"{seed}/{kind}", random.Random(f"{seed}/{kind}/{index}")
@@ -672,38 +754,197 @@ def picture(kind, seed, index):
     a = Animal(kind, coat, rng, mouth, rng.uniform(-1, 1), lids, rng.uniform(-0.16, 0.16))
     pen = Pen()
     DRAW[pose](pen.at(wide=deal(f"{name}/side", [1, -1], index)), a)
+    return framed(pen, pose, scene, rng, SIZE * ZOOM, ZOOM)
 
-    corners = np.vstack([p for f in pen.forms if not f.free and f.alpha == 1 for p in f.polys])
-    low, span = corners.min(0), corners.max(0) - corners.min(0)
-    scale = rng.uniform(0.88, 0.94) / span.max()
-    room = 1 - span * scale
-    x, y = room[0] * rng.uniform(0.35, 0.65), room[1] * rng.uniform(0.35, 0.65)
-    if pose != "head":
-        y = min(room[1] * rng.uniform(0.7, 0.9), 0.96 - span[1] * scale)
-    image = background(scene, rng, rng.uniform(0.54, 0.68))
-    angle = math.radians(rng.uniform(35, 75))
-    light = (math.cos(angle) * rng.choice((1, -1)), -math.sin(angle))
-    paint(image, pen.forms, light, scale, np.array([x, y]) - low * scale)
-    return tinted(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), rng)
+
+# ---------------------------------------------------------------- captioned pictures
+
+# coats: base, light, markings, mane
+PAINTS = {
+    "white": "f8f5f0 fffdfa 3c3640 d2c4b4", "black": "3a3844 7c7a88 96949e 5e5a68",
+    "orange": "f08e32 fdebd2 281f22 b4541e", "blue": "6cace8 dceafa 22305e 2c5eb0",
+    "pink": "f494bc fde2ee 74264e c84480",
+}
+CLOTHS = {"red": (220, 40, 44), "yellow": (252, 208, 40), "green": (40, 160, 70), "blue": (36, 84, 200)}
+IRISES = {"green": (70, 190, 60), "blue": (40, 120, 240), "yellow": (252, 204, 40)}
+PLACES = {"night": "at night", "meadow": "in a meadow", "snow": "in the snow", "desert": "in a desert",
+          "sea": "by the sea"}
+ATTRIBUTES = {
+    "animal": tuple(COATS),
+    "coat": tuple(PAINTS),
+    "eyes": tuple(IRISES),
+    "pose": ("portrait", "sitting"),
+    "accessory": ("none", *ACCESSORIES),
+    "colour": tuple(CLOTHS),
+    "background": tuple(PLACES),
+}
+
+
+# combinations for `--without unseen`, which a model that composes can show all the same
+UNSEEN = (
+    "white tiger", "pink elephant", "blue lion", "black dog", "orange cat", "lion hat", "elephant glasses",
+    "tiger scarf", "dog night", "cat desert",
+)
+
+
+def attribute_words():
+    """What captions call the attributes: {words: attributes}."""
+    words = {}
+    for name in ("animal", "coat", "pose", "background"):
+        words |= {value: {name: value} for value in ATTRIBUTES[name]}
+    words |= {f"{colour} eyes": {"eyes": colour} for colour in IRISES}
+    for accessory in ACCESSORIES:
+        words[accessory] = {"accessory": accessory}
+        words |= {f"{c} {accessory}": {"accessory": accessory, "colour": c} for c in CLOTHS}
+    return words
+
+
+def combination(text):
+    """The attributes that a few words of captions name: "white tiger", "lion green hat"."""
+    words, found, rest = attribute_words(), {}, f" {' '.join(text.lower().split())} "
+    for name in sorted(words, key=len, reverse=True):
+        if f" {name} " in rest:
+            rest = rest.replace(f" {name} ", " ", 1)
+            twice = words[name].keys() & found.keys()
+            if twice:
+                raise ValueError(f'"{text}" names two values of {min(twice)}, which no picture has: give one')
+            found |= words[name]
+    if rest.strip() or not found:
+        known = ", ".join(name for name in words if "colour" not in words[name])
+        raise ValueError(f'"{text}" is no combination of attributes: give some of {known}, red hat, ...')
+    return found
+
+
+def combinations(texts):
+    """The combinations that --without gives."""
+    listed = []
+    for text in texts:
+        listed += UNSEEN if text == "unseen" else [text]
+    return [combination(text) for text in listed]
+
+
+def has(attributes, wanted):
+    """Whether the attributes include all the wanted ones."""
+    return wanted.items() <= attributes.items()
+
+
+def choose(rng, without=()):
+    """The attributes of a picture, with none of the combinations in `without`."""
+    for _ in range(10_000):
+        shown = {name: rng.choice(values) for name, values in ATTRIBUTES.items()}
+        if shown["accessory"] == "none":
+            del shown["colour"]
+        if not any(has(shown, wanted) for wanted in without):
+            return shown
+    raise ValueError("--without leaves nothing to draw: give fewer combinations")
+
+
+def mention(shown, rng):
+    """The attributes that a caption says: the animal, what it wears, and most of the others."""
+    return {name: value for name, value in shown.items()
+            if name in ("animal", "accessory") or rng.random() < 0.8}
+
+
+def caption(said, rng):
+    """A sentence that says these attributes, in one of three forms; at most 16 tokens."""
+    place = f" {PLACES[said['background']]}" if "background" in said else ""
+    worn = " ".join(said[name] for name in ("colour", "accessory") if said.get(name, "none") != "none")
+    worn = worn if not worn or said["accessory"] == "glasses" else f"a {worn}"
+    eyes = f"{said['eyes']} eyes" if "eyes" in said else ""
+    portrait = said.get("pose") == "portrait"
+    animal = " ".join(said[name] for name in ("coat", "animal") if name in said)
+    if said.get("pose") == "sitting":
+        animal = f"sitting {animal}"
+    animal = f"an {animal}" if animal[0] in "aeiou" else f"a {animal}"
+
+    form = rng.choice(("with", "wearing", "on"))
+    if form == "on" and worn:
+        return "portrait: " * portrait + f"{worn} on {animal}{place}" + f", {eyes}" * bool(eyes)
+    animal = "portrait of " * portrait + animal
+    if form == "wearing" and worn:
+        start = f"{said['background']}: " if "background" in said else ""
+        return f"{start}{animal} wearing {worn}" + f", {eyes}" * bool(eyes)
+    details = " and ".join(detail for detail in (eyes, worn) if detail)
+    return animal + f" with {details}" * bool(details) + place
+
+
+def captioned(seed, index, without=()):
+    """The attributes of picture number `index`, those that its caption says, and the caption."""
+    rng = random.Random(f"{seed}/caption/{index}")
+    shown = choose(rng, without)
+    said = mention(shown, rng)
+    return shown, said, caption(said, rng)
+
+
+def captioned_picture(shown, seed, index):
+    """Draws picture number `index` with these attributes, 64 x 64 pixels."""
+    rng = random.Random(f"{seed}/captioned/{index}")
+    kind = shown["animal"]
+    base, light, marks, mane = (ImageColor.getrgb(f"#{c}") for c in PAINTS[shown["coat"]].split())
+    pattern = kind if kind in ("lion", "tiger") else "plain"
+    nose = INK if kind == "dog" else PINK
+    marks = mix(base, PINK, 0.8) if kind == "elephant" else marks  # inside its ears
+    coat = Coat(base, light, marks, IRISES[shown["eyes"]], nose, pattern, "floppy", mane)
+    mouth, gaze, side = rng.choice(("smile", "open")), rng.uniform(-1, 1), rng.uniform(-0.1, 0.1)
+    a = Animal(kind, coat, rng, mouth, gaze, 1.0, side, shown["accessory"], CLOTHS.get(shown.get("colour")))
+    pen, pose = Pen(), "head" if shown["pose"] == "portrait" else "sit"
+    DRAW[pose](pen, a)
+    return framed(pen, pose, shown["background"], rng, 192, 3)
+
+
+def draw_captioned(out, count, seed, without):
+    """Writes `count` captioned pictures and their captions, metadata.jsonl, to the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "metadata.jsonl", "w") as lines:
+        for index in range(count):
+            shown, _, text = captioned(seed, index, without)
+            name = f"{index:05d}.png"
+            captioned_picture(shown, seed, index).save(out / name)
+            lines.write(json.dumps({"file_name": name, "text": text, **shown}) + "\n")
+
+
+def draw_classes(out, count, seed):
+    """Writes `count` pictures of each animal to a folder of its name."""
+    for kind in COATS:
+        (out / kind).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            picture(kind, seed, index).save(out / kind / f"{kind}_{index:02d}.png")
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description="Draw the example pictures of five animals.")
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="another seed draws other pictures (default 0)")
+    add("--out", type=Path, help="folder to write to (default: this script's)")
+    add("--count", type=int, default=20, help="pictures per animal, with --captions in all (default 20)")
+    add("--captions", action="store_true", help="pictures of 64 x 64 pixels, described in metadata.jsonl")
+    add("--without", nargs="+", default=[], metavar="WORDS",
+        help='with --captions: attributes that never occur together, as in "white tiger" "lion hat"; '
+             f"unseen stands for {', '.join(UNSEEN)}")
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the example pictures of five animals.")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pictures (default 0)")
-    here = Path(__file__).resolve().parent
-    parser.add_argument("--out", type=Path, default=here, help="folder to write to (default: this script's)")
-    parser.add_argument("--count", type=int, default=20, help="pictures per animal (default 20)")
+    parser = make_parser()
     args = parser.parse_args()
     if args.count < 1:
         parser.error("--count must be at least 1")
+    if args.captions and not args.out:
+        parser.error("--captions needs a folder: give --out FOLDER")
+    if args.without and not args.captions:
+        parser.error("--without needs --captions: other pictures have no attributes to keep apart")
+    out = args.out or Path(__file__).resolve().parent
+    total = args.count if args.captions else args.count * len(COATS)
     try:
-        for kind in COATS:
-            (args.out / kind).mkdir(parents=True, exist_ok=True)
-            for index in range(args.count):
-                picture(kind, args.seed, index).save(args.out / kind / f"{kind}_{index:02d}.png")
+        if args.captions:
+            draw_captioned(out, args.count, args.seed, combinations(args.without))
+        else:
+            draw_classes(out, args.count, args.seed)
+    except ValueError as problem:
+        parser.error(str(problem))
     except OSError as problem:
-        parser.error(f"cannot write to {args.out}: {problem.strerror or problem}")
-    print(f"wrote {args.count * len(COATS)} pictures to {args.out}")
+        parser.error(f"cannot write to {out}: {problem.strerror or problem}")
+    print(f"wrote {total} pictures to {out}")
 
 
 if __name__ == "__main__":
