@@ -2,7 +2,7 @@
 
     python ddpm.py --mode train                         # the five animals; ten minutes on two cores
     python ddpm.py --mode sample                        # sample from the model just trained
-    python ddpm.py --mode train --data_path MY_IMAGES   # flat, or one sub-folder per class
+    python ddpm.py --mode train --data_path MY_IMAGES   # flat, a sub-folder per class, or captions
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10
 
 docs/animals.png shows samples of the first command's model; docs/results.md has all figures and
@@ -13,6 +13,7 @@ their commands. Each chapter starts with a ruler line. Papers, cited below by na
     Nichol & Dhariwal 2021, Improved DDPM                                arXiv:2102.09672
     Ho & Salimans 2022, Classifier-free diffusion guidance               arXiv:2207.12598
     Salimans & Ho 2022, Progressive distillation (v-prediction)          arXiv:2202.00512
+    Nichol et al. 2022, GLIDE: text-guided diffusion models              arXiv:2112.10741
     Lu et al. 2022, DPM-Solver++                                         arXiv:2211.01095
     Hang et al. 2023, Efficient diffusion training via min-SNR           arXiv:2303.09556
     Jordan 2024, Muon: an optimizer for hidden layers                    kellerjordan.github.io
@@ -22,6 +23,7 @@ their commands. Each chapter starts with a ruler line. Papers, cited below by na
 import argparse
 import contextlib
 import copy
+import csv
 import ctypes
 import dataclasses
 import datetime
@@ -30,14 +32,17 @@ import enum
 import functools
 import glob
 import hashlib
+import io
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import typing
@@ -52,7 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
@@ -123,6 +128,8 @@ class Config:
                           change_on=RESUME)
     download_dir: str = flag("data", "folder for downloads and decoded images", change_on=RESUME)
     image_size: int = flag(64, "side of the square images, in pixels", 8, 1024)
+    captions: bool = flag(True, "condition on the captions of the images, where there are any",
+                          change_on=RESUME)
     max_images: int | None = flag(None, "use at most N random images (default: all)", 1, 10**12)
     hflip: bool = flag(False, "mirror half of the training images, left to right")
     holdout: float = flag(0.0, "fraction of the images kept for validation", 0, 0.9)
@@ -145,7 +152,7 @@ class Config:
     attention_at: tuple[int, ...] = flag(
         (), "sides of the feature maps with attention (default: of the last two stages)", 1, 1024)
     dropout: float = flag(0.0, "dropout inside residual blocks (unet)", 0, 0.95)
-    class_cond: bool = flag(True, "condition on the class, where the data has two or more")
+    class_cond: bool = flag(True, "condition on the class (of two or more) or the caption")
     label_dropout: float = flag(0.1, "fraction of labels hidden in training, for --guidance", 0, 1)
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
     steps: int | None = flag(1350, "length of training in steps", 1, 10**12, group="training",
@@ -187,6 +194,10 @@ class Config:
     sampling_steps: int = flag(20, "steps from noise to image, at most T", 1, 10**5, change_on=BOTH)
     eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1, change_on=BOTH)
     classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change_on=BOTH)
+    prompt: tuple[str, ...] = flag(
+        (), 'captions to sample, in turn, as in "a white cat" "a lion"', change_on=BOTH)
+    prompts: str | None = flag(None, "file of captions to sample, one a line", change_on=BOTH,
+                               stored=False)
     guidance: float = flag(2.0, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
     ema: bool = flag(True, "sample with the EMA weights", change_on=BOTH)
     individual: str | None = flag(None, "folder for single files", change_on=BOTH, stored=False)
@@ -226,6 +237,7 @@ FLOWERS = LITERAL | dict(
     data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
 PRESETS = {
     "animals": dict(),
+    "animals_text": dict(data_path="animals_text_data", steps=8000),
     "fashion_mnist": FASHION | dict(
         channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
         guidance=1.5, sampling_steps=30),
@@ -544,7 +556,7 @@ def spaced_timesteps(T, n):
     return np.round(np.linspace(T - 1, -1, n + 1)).astype(int).tolist()
 
 def make_denoiser(model, diffusion, y=None, guidance=1.0, clip=True, precision="fp32"):
-    """denoise(x, t) -> x0. x, x0: (N, C, H, W) in [-1, 1]; t: int; y: (N,) labels, -1 for none.
+    """denoise(x, t) -> x0. x, x0: (N, C, H, W) in [-1, 1]; t: int; y: labels, as networks take them.
     guidance g: uncond + g * (cond - uncond), in one batch (Ho & Salimans 2022, with w = g - 1)."""
     @torch.no_grad()
     def denoise(x, t):
@@ -574,7 +586,8 @@ class ImageNoise:
         return to_device(noise, self.device)
 
 # ----------------------------------------------------------------------------------------- networks
-# All are called as net(x, t, y): x (N, C, H, W), t (N,), y (N,) labels, -1 for none, or None.
+# All are called as net(x, t, y): x (N, C, H, W), t (N,), and y the labels or None. Labels are (N,)
+# numbers of classes, or (N, L) numbers of words padded with -1. A label of -1s alone is none.
 
 def autocast(device, precision):
     """The context that networks run in: PyTorch picks bf16 or fp16 per operation; or float32."""
@@ -601,27 +614,71 @@ class TimeLabelEmbedding(nn.Module):
             y = torch.full_like(t, -1)
         return emb + self.labels(y % self.labels.num_embeddings)  # -1 becomes the last row
 
+MAX_WORDS = 64  # of a caption; the rest is cut off
+
+# What a TextEncoder makes of captions. tokens: (N, 1 + L, width); bias: (N, 1, 1 + L), added to
+# attention scores, -inf at padding; pooled: (N, embedding_dim).
+Text = namedtuple("Text", "tokens bias pooled")
+
+class TextEncoder(nn.Module):
+    """A small transformer over the words of captions, learned with the rest of the network. Each
+    caption begins with a learned token, which is all there is of one without words."""
+    def __init__(self, vocabulary_size, width, embedding_dim):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary_size + 1, width)  # row 0 begins each caption
+        self.positions = nn.Parameter(0.02 * torch.randn(1 + MAX_WORDS, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0,
+                                       batch_first=True, norm_first=True)
+            for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        self.pool = nn.Linear(width, embedding_dim)
+
+    def forward(self, y):
+        first = torch.zeros_like(y[:, :1])
+        numbers = torch.cat([first, y + 1], dim=1)        # (N, 1 + L), 0 at padding too
+        is_word = torch.cat([first == 0, y >= 0], dim=1)  # (N, 1 + L)
+        bias = torch.zeros_like(is_word, dtype=torch.float32).masked_fill(~is_word, -math.inf)
+        h = self.words(numbers) + self.positions[: numbers.shape[1]]  # (N, 1 + L, width)
+        for layer in self.layers:
+            h = layer(h, src_key_padding_mask=bias)
+        tokens = self.norm(h)
+        weight = is_word / is_word.sum(1, keepdim=True)
+        mean = (weight[:, None].to(tokens.dtype) @ tokens)[:, 0]
+        return Text(tokens, bias[:, None], self.pool(mean))
+
 class Attention(nn.Module):
-    """One-head self-attention over all pixels, and a skip connection. full: softmax(q k') v;
-    linear: softmax(q) (softmax(k)' v) (Shen et al. 2021, arXiv:1812.01243)."""
-    def __init__(self, channels, groups, kind="full"):
+    """One-head self-attention over all pixels, and a skip connection. full: softmax(q k') v, where
+    a Text, if any, adds keys and values (Nichol et al. 2022, section 4); linear: softmax(q)
+    (softmax(k)' v) (Shen et al. 2021, arXiv:1812.01243), without Text."""
+    def __init__(self, channels, groups, kind="full", text_width=0):
         super().__init__()
         self.kind = kind
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
+        self.text_kv = nn.Linear(text_width, 2 * channels) if text_width else None
 
-    def forward(self, x):
+    def forward(self, x, text=None):
         n, c, h, w = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (N, HW, C)
         q, k, v = self.qkv(tokens).chunk(3, dim=2)        # (N, HW, C) each
+        bias = None
+        if text:
+            text_k, text_v = self.text_kv(text.tokens).chunk(2, dim=2)  # (N, 1 + L, C) each
+            k = torch.cat([k, text_k], dim=1)
+            v = torch.cat([v, text_v], dim=1)
+            bias = F.pad(text.bias, (h * w, 0)).to(q.dtype)  # (N, 1, HW + 1 + L)
         if self.kind == "linear":
             context = k.softmax(1).transpose(1, 2) @ v  # over the pixels: (N, C, C)
             mixed = (q.softmax(2) * c**-0.5) @ context  # over the channels: (N, HW, C)
         elif x.is_cuda:
-            mixed = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+            mask = bias if bias is None else bias[:, None]
+            heads = (q[:, None], k[:, None], v[:, None])  # one
+            mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask)[:, 0]
         else:  # the same; three times as fast on a CPU, forward and backward
-            mixed = ((q * c**-0.5) @ k.transpose(1, 2)).softmax(2) @ v
+            scores = (q * c**-0.5) @ k.transpose(1, 2)
+            mixed = (scores if bias is None else scores + bias).softmax(2) @ v
         return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
 
 class ResBlock(nn.Module):
@@ -646,15 +703,17 @@ class ResBlock(nn.Module):
 
 class ResAttention(nn.Module):
     """A residual block, followed by attention unless its kind is "none"."""
-    def __init__(self, in_channels, out_channels, embedding_dim, groups, dropout, attention):
+    def __init__(self, in_channels, out_channels, embedding_dim, groups, dropout, attention,
+                 text_width):
         super().__init__()
         self.res = ResBlock(in_channels, out_channels, embedding_dim, groups, dropout)
-        self.attention = nn.Identity()
+        self.attention = None
         if attention != "none":
-            self.attention = Attention(out_channels, groups, attention)
+            self.attention = Attention(out_channels, groups, attention, text_width)
 
-    def forward(self, x, emb):
-        return self.attention(self.res(x, emb))
+    def forward(self, x, emb, text):
+        h = self.res(x, emb)
+        return self.attention(h, text) if self.attention else h
 
 class Downsample(nn.Module):
     """A 3x3 convolution of stride 2, padded to the right and below as in the paper's code."""
@@ -684,12 +743,12 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. attention: "full",
     "linear" or "none". attention_stages: the stages that have it, from 0, the largest. The middle
-    has full attention, unless attention is "none". num_classes: 0 for none. patch: side of the
-    squares that become channels (pixel unshuffle). Sides of images: multiples of
+    has full attention, unless attention is "none". num_classes, vocabulary_size: 0 for none. patch:
+    side of the squares that become channels (pixel unshuffle). Sides of images: multiples of
     patch * 2^(stages - 1)."""
     def __init__(self, image_channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
                  res_blocks=2, attention="full", attention_stages=(1,), dropout=0.0, num_classes=0,
-                 patch=1):
+                 patch=1, vocabulary_size=0):
         super().__init__()
         widths = [base_channels * mult for mult in channel_mults]
         stages = list(enumerate(widths))
@@ -700,6 +759,10 @@ class UNet(nn.Module):
         self.patch = patch
         self.checkpointing = False  # activation checkpointing
         self.embed = TimeLabelEmbedding(base_channels, embedding_dim, num_classes)
+        self.text = None
+        text_width = 2 * base_channels if vocabulary_size else 0
+        if vocabulary_size:
+            self.text = TextEncoder(vocabulary_size, text_width, embedding_dim)
         self.conv_in = nn.Conv2d(image_channels * patch**2, base_channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -710,16 +773,16 @@ class UNet(nn.Module):
                 self.down.append(Downsample(channels))
                 skip_widths.append(channels)
             for _ in range(res_blocks):
-                self.down.append(ResAttention(channels, width, *block_args, kinds[i]))
+                self.down.append(ResAttention(channels, width, *block_args, kinds[i], text_width))
                 channels = width
                 skip_widths.append(channels)
         middle_kind = "none" if attention == "none" else "full"
-        self.middle = ResAttention(channels, channels, *block_args, middle_kind)
+        self.middle = ResAttention(channels, channels, *block_args, middle_kind, text_width)
         self.middle2 = ResBlock(channels, channels, *block_args)
         for i, width in reversed(stages):
             for _ in range(res_blocks + 1):
                 in_channels = channels + skip_widths.pop()
-                self.up.append(ResAttention(in_channels, width, *block_args, kinds[i]))
+                self.up.append(ResAttention(in_channels, width, *block_args, kinds[i], text_width))
                 channels = width
             if i > 0:
                 self.up.append(Upsample(channels))
@@ -729,25 +792,29 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y=None):
         emb = self.embed(t, y)                              # (N, embedding_dim)
+        text = None
+        if self.text:
+            text = self.text(torch.full_like(t, -1)[:, None] if y is None else y)
+            emb = emb + text.pooled
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (N, base_channels, H / p, W / p)
         skips = [h]
         for layer in self.down:
-            h = layer(h) if isinstance(layer, Downsample) else self.run_block(layer, h, emb)
+            h = layer(h) if isinstance(layer, Downsample) else self.run_block(layer, h, emb, text)
             skips.append(h)
-        h = self.run_block(self.middle, h, emb)
+        h = self.run_block(self.middle, h, emb, text)
         h = self.middle2(h, emb)
         for layer in self.up:
             if isinstance(layer, Upsample):
                 h = layer(h)
             else:
-                h = self.run_block(layer, torch.cat([h, skips.pop()], dim=1), emb)
+                h = self.run_block(layer, torch.cat([h, skips.pop()], dim=1), emb, text)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch)               # (N, C, H, W)
 
-    def run_block(self, block, h, emb):
+    def run_block(self, block, *inputs):
         if self.checkpointing and torch.is_grad_enabled():
-            return recompute_in_backward(block, h, emb, use_reentrant=False)
-        return block(h, emb)
+            return recompute_in_backward(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 def group_count(widths):
     """The number of GroupNorm groups: the most, up to 32, with four channels or more in each."""
@@ -863,9 +930,12 @@ def make_resnet18(image_channels, pretrained):
         resnet.conv1.weight = nn.Parameter(resnet.conv1.weight.data.sum(1, keepdim=True))
     return resnet
 
-def build_model(config, image_channels, class_names):
-    """The network of a Config for images of so many channels and these classes, [] for none."""
+def build_model(config, image_channels, class_names, vocabulary=(), examples=()):
+    """The network of a Config for images of so many channels, and these classes or this vocabulary,
+    [] for none. examples: captions that it is trained on."""
     num_classes = len(class_names)
+    require(not vocabulary or (config.arch == "unet" and config.attention == "full"),
+            "Captions need --arch unet --attention full: give these, or --no_captions.")
     if config.arch == "simple":
         model = SimpleUNet(image_channels, config.channels, num_classes)
     elif config.arch == "resnet18":
@@ -875,11 +945,14 @@ def build_model(config, image_channels, class_names):
         attention_at = config.attention_at or sides[-2:]
         attention_stages = [i for i, side in enumerate(sides) if side in attention_at]
         model = UNet(image_channels, config.channels, config.channel_mults, config.res_blocks,
-                     config.attention, attention_stages, config.dropout, num_classes, config.patch)
+                     config.attention, attention_stages, config.dropout, num_classes, config.patch,
+                     len(vocabulary))
         model.checkpointing = config.checkpointing
     model.image_channels = image_channels
     model.image_size = padded_size(config.image_size)  # with the border
     model.class_names = list(class_names)
+    model.vocabulary = list(vocabulary)
+    model.examples = list(examples)
     return model
 
 # --------------------------------------------------------------------------------------------- data
@@ -892,8 +965,10 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 DECODER_VERSION = 3  # raised when `decode` gives other pixels, so that old caches are not used
 
 # Images before decoding. labels: (N,) ints, -1 for none; key: changes whenever the images do;
-# open(i): the PIL image; notes: sentences about what else there is.
-ImageSource = namedtuple("ImageSource", "names labels class_names key open notes")
+# open(i): the PIL image; notes: sentences about what else there is; captions: N strings, "" for
+# none, or [] if no image has one.
+ImageSource = namedtuple(
+    "ImageSource", "names labels class_names key open notes captions", defaults=[[]])
 
 # What `decode_all` wrote. pixels: (N, C, H, W) uint8; unreadable: {row: error}; white: the value
 # that became white in images of more than 8 bits, None without any; coloured: rows of images in
@@ -1030,22 +1105,118 @@ def check_folder(root):
         if suffix in image_suffixes():
             remedy = f"it is one image; give --data_path its folder, {root.parent}"
         raise UserError(f"{root} is a file{advice_on({suffix})}: {remedy}.")
-    require(root.is_dir(),
-            f"No folder {root}: give --data_path an image folder, or one of {', '.join(DATASETS)}.")
+    remedy = f"give --data_path an image folder, or one of {', '.join(DATASETS)}"
+    if root.name == PRESETS["animals_text"]["data_path"]:
+        remedy = ("make it with python animal_data/draw.py --captions --count 5000 --without unseen "
+                  f"--out {root}")
+    require(root.is_dir(), f"No folder {root}: {remedy}.")
 
-def folder_source(root):
-    """The image files below a folder; the first sub-folder on the path to a file is its class."""
+def read_captions(root, files, others):
+    """The captions of image files below a folder: {file: text}, and notes. They are in metadata.csv
+    or metadata.jsonl files of any folder, as in Hugging Face's image folders, or else in a .txt
+    beside the image. The files that they are read from are taken out of the Counter `others`."""
+    captions = {}
+    notes = []
+    sources = set()
+    folders = {root}
+    for folder in {file.parent for file in files}:
+        folders |= {parent for parent in (folder, *folder.parents) if parent.is_relative_to(root)}
+    for folder in sorted(folders):  # what is deeper counts more
+        for path in (folder / "metadata.csv", folder / "metadata.jsonl"):
+            if path.is_file():
+                captions |= read_metadata(path, notes)
+                sources.add(path)
+    missing = sorted(captions.keys() - set(files))
+    if missing:
+        notes.append(f"warning: captions name {len(missing)} images that are not there, such as "
+                     f"{missing[0]}")
+    for file in files if others[".txt"] else ():
+        path = file.with_suffix(".txt")
+        if file not in captions and path.is_file():
+            captions[file] = " ".join(read_utf8(path).split())
+            sources.add(path)
+    others -= Counter(path.suffix for path in sources)
+    return captions, notes
+
+def read_metadata(path, notes):
+    """The captions in a metadata.csv or metadata.jsonl, {file: text}. UserError names the line that
+    is no good; a note is added of files that are named twice."""
+    captions = {}
+    repeated = []
+    for line, row in metadata_rows(path):
+        columns = row.keys() if isinstance(row, dict) else set()
+        require(columns >= {"file_name", "text"}, f"{path}, line {line}, has the columns "
+                f"{', '.join(map(str, columns)) or 'none'}, and captions need file_name and text: "
+                "rename them, or give --no_captions.")
+        name = row["file_name"]
+        text = row["text"] or ""
+        require(type(name) is type(text) is str,
+                f"{path}, line {line}: put file_name and text into quotes, or give --no_captions.")
+        file = path.parent / os.path.normpath(name)
+        if file in captions:
+            repeated.append(name)
+        captions[file] = text
+    if repeated:
+        notes.append(f"warning: {path} names images twice, such as {repeated[0]}: the last of "
+                     "their captions count")
+    return captions
+
+def metadata_rows(path):
+    """Pairs (number of the line, row) of a metadata.csv or metadata.jsonl."""
+    lines = io.StringIO(read_utf8(path), newline="")
+    number = 0
+    try:
+        if path.suffix == ".csv":
+            csv.field_size_limit(2**30)
+            reader = csv.DictReader(lines)
+            for row in reader:
+                number = reader.line_num
+                yield number, row
+        else:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except (ValueError, RecursionError, csv.Error) as e:
+        kind = path.suffix[1:].upper()
+        raise UserError(f"{path}, line {number}, is no {kind} ({e}): fix it, or give "
+                        "--no_captions.") from None
+
+def read_utf8(path):
+    """The text of a file. UserError if there is none."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} cannot be read ({e}): give a text file in UTF-8.") from None
+
+def split_words(text):
+    """The words and punctuation marks of a caption, in lower case."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+def encode(captions, vocabulary):
+    """A list of the numbers of each caption's words, all padded with -1 to one length. Words that
+    are not in the vocabulary, and those after MAX_WORDS, are left out."""
+    number = {word: i for i, word in enumerate(vocabulary)}
+    rows = [[number[word] for word in split_words(caption)[:MAX_WORDS] if word in number]
+            for caption in captions]
+    length = max(1, *map(len, rows))
+    return [row + [-1] * (length - len(row)) for row in rows]
+
+def folder_source(root, with_captions=True):
+    """The image files below a folder. They have captions or, where there are none, classes: the
+    first sub-folder on the path to a file."""
     check_folder(root)
     files, others, problems = list_images(root)
+    captions, caption_notes = read_captions(root, files, others) if with_captions else ({}, [])
+    has_captions = any(captions.values())
     listed = ", ".join(f"{suffix} {n}" for suffix, n in others.most_common(8))
     listed += advice_on(others.keys())
     unread = f" Cannot be read: {', '.join(problems[:8])}." if problems else ""
     require(files, f"No images in {root}: saw {others.total()} files ({listed}); accepted .png "
             f".jpg .webp and whatever else Pillow opens.{unread}")
     parts = [file.relative_to(root).parts for file in files]
-    class_names = sorted({p[0] for p in parts if len(p) > 1})
+    class_names = [] if has_captions else sorted({p[0] for p in parts if len(p) > 1})
     number = {name: i for i, name in enumerate(class_names)}
-    labels = np.array([number[p[0]] if len(p) > 1 else -1 for p in parts])
+    labels = np.array([number.get(p[0], -1) for p in parts])
     names = ["/".join(p) for p in parts]
     stats = [file.stat() if file.is_file() else None for file in files]
     versions = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
@@ -1058,7 +1229,9 @@ def folder_source(root):
         require(stats[i], "a link to nowhere, or no file")  # opening a pipe blocks
         return open_image(files[i])
 
-    return ImageSource(names, labels, class_names, key, open_file, notes + layout(root, parts))
+    notes += caption_notes + layout(root, parts)
+    texts = [captions.get(file, "") for file in files] if has_captions else []
+    return ImageSource(names, labels, class_names, key, open_file, notes, texts)
 
 def layout(root, parts):
     """Notes about sub-folders that may be no classes. parts: of the paths of all images. UserError
@@ -1125,7 +1298,7 @@ def open_source(config):
     folder = Path(config.data_path)
     if config.data_path == Config.data_path and not folder.exists():
         folder = HERE / folder  # the starter images, from wherever ddpm.py is called
-    return folder_source(folder)
+    return folder_source(folder, config.captions and config.class_cond)
 
 def choose_images(config, n):
     """Indices of the images to use, sorted: all n, or a random --max_images of them."""
@@ -1218,8 +1391,9 @@ def for_each_row(work, rows, description):
 
 class Images:
     """Decoded images, row i image chosen[i] of the source. pixels: (N, C, H, W) uint8, on the GPU
-    if it has room. labels: (N,) int64, -1 for none. train, validation: rows. class_names: those of
-    the labels that the network learns, all_class_names or none. white: as in `Decoded`. notes:
+    if it has room. labels: int64, as networks take them. train, validation: rows. class_names: those
+    of the labels that the network learns, all_class_names or none. captions: N strings or [].
+    vocabulary, examples: all words and some of those in training. white: as in `Decoded`. notes:
     sentences about the images."""
     def __init__(self, source, chosen, decoded, config, device):
         pixels = decoded.pixels
@@ -1236,6 +1410,14 @@ class Images:
         learn_classes = config.class_cond and len(source.class_names) > 1
         self.class_names = source.class_names if learn_classes else []
         self.labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
+        self.captions = [source.captions[i] for i in chosen] if source.captions else []
+        self.vocabulary = []
+        self.examples = []
+        if self.captions:
+            texts = [self.captions[row] for row in self.train]
+            self.vocabulary = sorted({w for text in texts for w in split_words(text)[:MAX_WORDS]})
+            self.examples = example_captions(texts)
+            self.labels = torch.tensor(encode(self.captions, self.vocabulary))
         self.pixels = torch.from_numpy(pixels)
         if torch.device(device).type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(device)
@@ -1248,6 +1430,9 @@ class Images:
         joined = "\n".join(names).encode(errors="surrogatepass")
         digest = hashlib.sha256(joined).hexdigest()[:12]
         self.fingerprint = f"{len(chosen)} images, {len(unreadable)} unreadable, names {digest}"
+        if self.captions:
+            joined = "\n".join(self.captions).encode(errors="surrogatepass")
+            self.fingerprint += f", captions {hashlib.sha256(joined).hexdigest()[:12]}"
 
     def order(self, epoch):
         """The training rows in the order of this epoch: a permutation by the seed."""
@@ -1257,7 +1442,7 @@ class Images:
         return self.last_order[1]
 
     def take(self, rows, device):
-        """Images x0 (n, C, H, W) in [-1, 1] and labels (n,) of the given rows, on the device."""
+        """Images x0 (n, C, H, W) in [-1, 1] and labels of the given rows, on the device."""
         rows = torch.from_numpy(rows)
         pixels = self.pixels[to_device(rows, self.pixels.device)]
         return to_network(to_device(pixels, device)), to_device(self.labels[rows], device)
@@ -1275,6 +1460,11 @@ class Images:
             flip = to_device(torch.rand(n) < 0.5, device)
             x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
         return x0, y
+
+def example_captions(texts):
+    """Up to eight different ones of the captions, long ones cut, evenly spaced among them."""
+    different = list(dict.fromkeys(text[:300] for text in texts if text))
+    return evenly_spaced(np.array(different, dtype=object), 8).tolist()
 
 def report_unreadable(names, unreadable):
     """Print the images that could not be decoded, {row: error}; UserError from 5 % on."""
@@ -1441,7 +1631,8 @@ def check_checkpoint(checkpoint, path):
     valid = checkpoint["channels"] in (1, 3) and isinstance(ema, dict)
     valid = valid and all(type(v) is torch.Tensor for v in [*weights.values(), *ema.values()])
     valid = valid and all(type(name) is str for name in [
-        *weights, *ema, *checkpoint["config"], *checkpoint["classes"]])
+        *weights, *ema, *checkpoint["config"], *checkpoint["classes"],
+        *checkpoint.get("vocabulary", ()), *checkpoint.get("examples", ())])
     require(valid, f"{path} holds other things than ddpm.py writes: use another.")
     require(all_finite(weights, ema), f"{path} has weights that are not finite: use another.")
 
@@ -1499,7 +1690,8 @@ def load_weights(model, state_dict, path):
 def model_from_checkpoint(checkpoint, path, ema=True):
     """The network in a checkpoint, in eval mode on the CPU; with the EMA weights if ema and any."""
     config = override(stored_config(checkpoint, path), pretrained=False)
-    model = build_model(config, checkpoint["channels"], checkpoint["classes"])
+    model = build_model(config, checkpoint["channels"], checkpoint["classes"],
+                        checkpoint.get("vocabulary", ()), checkpoint.get("examples", ()))
     weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint["weights"]
     load_weights(model, weights, path)
     model.white = checkpoint.get("white", 65535)  # in images of more than 8 bits
@@ -1507,7 +1699,7 @@ def model_from_checkpoint(checkpoint, path, ema=True):
 
 def load_model(path, device="cpu", ema=True):
     """What a checkpoint holds: (model in eval mode, diffusion, config); UserError if it is no good.
-    ema: prefer the EMA weights. model.class_names: its classes."""
+    ema: prefer the EMA weights. model.class_names, model.vocabulary: its classes, its words."""
     checkpoint = read_checkpoint(path)
     config = stored_config(checkpoint, path)
     model = model_from_checkpoint(checkpoint, path, ema)
@@ -1612,6 +1804,8 @@ def load_matching_weights(model, checkpoint, config):
     fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     if checkpoint["classes"] != model.class_names:  # rows of the label table mean other classes
         fitting.pop("embed.labels.weight", None)
+    if checkpoint.get("vocabulary") != model.vocabulary:  # and those of the word table other words
+        fitting.pop("text.words.weight", None)
     remedy = ", ".join(differences(stored, config, NETWORK)) or "another checkpoint"
     fraction = count_weights(fitting) / count_weights(own)
     require(fraction > 0.25, f"Only {100 * fraction:.0f} % of the network's weights fit "
@@ -1898,6 +2092,8 @@ class TrainState:
             white=self.images.white, data=self.images.fingerprint,
             held_out=self.images.validation.tolist(), step=self.step, seconds=self.seconds(),
             weights=dict(self.model.state_dict()), ema=dict(self.ema.state_dict()))
+        if self.model.vocabulary:
+            model_state |= dict(vocabulary=self.model.vocabulary, examples=self.model.examples)
         if not all_finite(model_state["weights"], model_state["ema"]):
             self.fail_non_finite("weights, not saved,", self.step)
         full_state = model_state | dict(
@@ -2030,14 +2226,15 @@ def train_locked(config, runtime, checkpoint):
     initial = read_checkpoint(config.init_from) if config.init_from else None  # fails early
     images = load_images(config, runtime.device)
     keep_memory()  # not before: decoding large images takes much that is not needed again
-    if not images.class_names:
+    if not (images.class_names or images.vocabulary):
         for name in ("guidance", "label_dropout"):
             if getattr(config, name) not in (FIELDS[name].default, 1):
-                print(f"warning: --{name} has no effect: there are no classes to learn")
-        config = override(config, guidance=1.0)  # there is no class to guide by
+                print(f"warning: --{name} has no effect: there are no classes or captions to learn")
+        config = override(config, guidance=1.0)  # there is nothing to guide by
     torch.manual_seed(config.seed)
     needed = override(config, pretrained=False) if checkpoint else config  # its weights come below
-    model = build_model(needed, images.channels, images.class_names)
+    model = build_model(needed, images.channels, images.class_names, images.vocabulary,
+                        images.examples)
     origin = load_matching_weights(model, initial, config) if initial else None
     state = TrainState(config, model, images, runtime)
     if checkpoint:
@@ -2134,7 +2331,7 @@ def train_step(config, state, diffusion, runtime, meter):
         x0, y = state.images.batch(
             state.step, config.batch_size, micro_batch, num_micro_batches, runtime.device)
         hidden = torch.rand(len(y), device=runtime.device) < config.label_dropout
-        y = torch.where(hidden, -1, y)
+        y = torch.where(hidden.view(-1, *[1] * (y.ndim - 1)), -1, y)  # of captions all words
         t = torch.randint(config.timesteps, (len(x0),), device=runtime.device)
         eps = torch.randn_like(x0)
         with gradient_sync(state.network, i == config.grad_accum - 1):
@@ -2175,14 +2372,8 @@ def print_banner(config, state, runtime, abar_T, origin):
     images = state.images
     n = len(images.train)
     parameters = sum(p.numel() for p in state.model.parameters())
-    labels = images.labels[images.train]
+    labels = images.labels[images.train] if images.all_class_names else torch.empty(0).long()
     counts = torch.bincount(labels[labels >= 0], minlength=len(images.all_class_names)).tolist()
-    names = map(printable, images.all_class_names)
-    classes = [f"{name} {count}" for name, count in zip(names, counts)]
-    if len(classes) > 12:
-        classes[12:] = [f"{len(classes) - 12} more"]
-    if classes and not images.class_names:
-        classes[-1] += "; not learned"
     if state.total_steps:
         seen = state.total_steps * config.batch_size
         length = f"{state.total_steps} steps, {seen:,} images, {seen / n:.4g} epochs"
@@ -2192,7 +2383,7 @@ def print_banner(config, state, runtime, abar_T, origin):
     print(f"data      {printable(config.data_path)}: {images.num_found} found, {n} for training, "
           f"{len(images.validation)} for validation, {images.num_unreadable} unreadable{unused}; "
           f"{config.image_size}x{config.image_size}, {images.channels} channels\n"
-          f"classes   {', '.join(classes) or 'none'}\n"
+          f"{describe_labels(images, counts)}\n"
           f"network   {config.arch}, {parameters:,} parameters\n"
           f"device    {describe_device(runtime.device)}, {runtime.precision}, processes "
           f"{runtime.world_size}, torch {torch.__version__}\n"
@@ -2215,6 +2406,23 @@ def print_banner(config, state, runtime, abar_T, origin):
         print(f"note: {n} images will be memorised; from about 1,000 on a model invents")
     if origin:
         print(origin)
+
+def describe_labels(images, counts):
+    """The line of the banner about captions, or classes of which there are so many images each."""
+    if images.captions:
+        n = sum(map(bool, images.captions))
+        cut = sum(len(split_words(text)) > MAX_WORDS for text in images.captions)
+        cut = f", {cut} cut at {MAX_WORDS} words" if cut else ""
+        examples = "; ".join(map(printable, images.examples[::3]))
+        return (f"captions  {n} of {len(images.captions)} images have one{cut}; "
+                f"{len(images.vocabulary)} different words; such as: {examples}")
+    names = map(printable, images.all_class_names)
+    classes = [f"{name} {count}" for name, count in zip(names, counts)]
+    if len(classes) > 12:
+        classes[12:] = [f"{len(classes) - 12} more"]
+    if classes and not images.class_names:
+        classes[-1] += "; not learned"
+    return f"classes   {', '.join(classes) or 'none'}"
 
 def print_forecast(state, images_per_s):
     """Print how long the run takes at the speed of its first steps, and whether that is enough."""
@@ -2284,6 +2492,7 @@ class Preview:
     predicted: torch.Tensor
     generated: torch.Tensor
     validation_loss: float | None
+    names: list  # of the classes or captions in `generated`
 
 class Previewer:
     """Makes previews of the same images, timesteps and noise each time, so that grids compare."""
@@ -2291,7 +2500,7 @@ class Previewer:
         self.config = config
         self.diffusion = diffusion
         self.runtime = runtime
-        self.labels = sample_labels(config.classes, images.class_names, config.num_samples)
+        self.labels, self.names = sample_conditions(config, images)
         generator = torch.Generator().manual_seed(derive_seed(config.seed, Stream.PREVIEW))
         self.examples = self.fixed_batch(images, evenly_spaced(images.train, 8), generator)
         self.validation = self.fixed_batch(images, evenly_spaced(images.validation, 256), generator)
@@ -2316,7 +2525,7 @@ class Previewer:
             ema, self.diffusion, self.config, self.labels, self.runtime.precision)
         size = self.config.image_size
         rows = [crop(to_pixels(x).cpu(), size) for x in (x0, xt, predicted)]
-        return Preview(t.tolist(), *rows, generated, validation_loss)
+        return Preview(t.tolist(), *rows, generated, validation_loss, self.names)
 
     def validation_loss(self, ema):
         """The mean loss of the validation images, None without any."""
@@ -2406,7 +2615,7 @@ class MetricsLogger:
         if preview.validation_loss is not None:
             self.log(state, validation_loss=preview.validation_loss)
         with optional("writing the grids"):
-            grids = write_previews(preview, state.epochs(), state.images.class_names, self.folder)
+            grids = write_previews(preview, state.epochs(), state.model, self.folder)
             self.files += grids.values()
             tracked = {name: grids[name] for name in ("compared", "generated")}
             self.tracker.log(state.step, image_files=tracked)
@@ -2465,6 +2674,47 @@ def make_tracker(config):
 
 # ----------------------------------------------------------------------------------------- sampling
 
+def sample_conditions(config, model):
+    """The labels of --num_samples images, as in `generate`, and the class or caption that each one
+    stands for, "" for none. model: or the Images that it is trained on."""
+    n = config.num_samples
+    prompts = asked_prompts(config)
+    if model.vocabulary:
+        require(not config.classes, f"--classes {config.classes}: the model was trained on "
+                "captions, not on classes; give --prompt.")
+        check_words(prompts, model.vocabulary)
+        prompts = prompts or model.examples
+        rows = encode(prompts, model.vocabulary)
+        labels = [rows[i % len(rows)] for i in range(n)]
+        names = [prompts[i % len(rows)] for i in range(n)]
+    else:
+        require(not prompts, "--prompt and --prompts: the model was trained without captions; "
+                "leave them out, or give --classes.")
+        labels = sample_labels(config.classes, model.class_names, n)
+        names = [model.class_names[label] if label >= 0 else "" for label in labels]
+    if config.interpolate is not None:
+        return labels[:1] * n, names[:1] * n
+    return labels, names
+
+def asked_prompts(config):
+    """The captions of --prompts, else of --prompt."""
+    if not config.prompts:
+        return config.prompt
+    lines = read_utf8(config.prompts).splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    require(prompts, f"--prompts {config.prompts} is empty: write a caption a line.")
+    return prompts
+
+def check_words(prompts, vocabulary):
+    """UserError for a word that is not in the vocabulary, with those that are most like it."""
+    for word in split_words(" ".join(prompts)):
+        if word not in vocabulary:
+            nearest = difflib.get_close_matches(word, vocabulary, 3)
+            kind = "nearest" if nearest else "some"
+            nearest = nearest or evenly_spaced(np.array(vocabulary), 20)
+            raise UserError(f"--prompt: the model has never read {word!r}. Of its "
+                            f"{len(vocabulary)} words the {kind} are: {', '.join(nearest)}.")
+
 def sample_labels(classes, class_names, n):
     """The labels of n images: in turn the classes named, as in "lion,tiger", or all; -1: none."""
     names = split_classes(classes, class_names) if classes else class_names
@@ -2500,11 +2750,12 @@ def reverse_timesteps(config):
 # batch, and that a sampler.
 
 def generate(model, diffusion, config, indices, labels, precision="fp32", image=None, mask=None):
-    """Sample the images number `indices` with these labels (-1: none). Yields (t, x, x0) after each
-    step, x and x0 (n, C, H, W) float32. An image does not depend on the others. To edit: image
-    (1, C, H, W) in [-1, 1] to start from, kept where mask (1, 1, H, W) is 0."""
-    require(config.guidance == 1 or model.class_names,
-            f"--guidance {config.guidance:g}: the model was trained without classes; leave it out.")
+    """Sample the images number `indices` with these labels: numbers of classes, -1 for none, or
+    equally long lists of numbers of words, padded with -1. Yields (t, x, x0) after each step, x and
+    x0 (n, C, H, W) float32. An image does not depend on the others. To edit: image (1, C, H, W) in
+    [-1, 1] to start from, kept where mask (1, 1, H, W) is 0."""
+    require(config.guidance == 1 or model.class_names or model.vocabulary, f"--guidance "
+            f"{config.guidance:g}: the model was trained without classes; leave it out.")
     device = next(model.parameters()).device
     shape = (model.image_channels, model.image_size, model.image_size)
     if config.interpolate is None:
@@ -2584,7 +2835,8 @@ def sample(config):
     checkpoint = read_checkpoint(path)
     given = {name: getattr(config, name) for name in changeable("sample")}
     merged = sampling_config(checkpoint, path, given)
-    if not checkpoint["classes"] and config.guidance == Config.guidance:  # default, not asked for
+    unconditional = not (checkpoint["classes"] or checkpoint.get("vocabulary"))
+    if unconditional and config.guidance == Config.guidance:  # default, not asked for
         merged = override(merged, guidance=1.0)
     return sample_run(override(merged, model_path=path), checkpoint)
 
@@ -2599,9 +2851,7 @@ def sample_run(config, checkpoint, max_kept=None):
     model = model_from_checkpoint(checkpoint, config.model_path, config.ema).to(runtime.device)
     diffusion = make_diffusion(config, runtime.device)
     config, image, mask = load_edit(config, model)
-    labels = sample_labels(config.classes, model.class_names, config.num_samples)
-    if config.interpolate is not None:
-        labels = labels[:1] * len(labels)
+    labels, names = sample_conditions(config, model)
     for folder in filter(None, (config.samples_dir, config.individual)):
         Path(folder).mkdir(parents=True, exist_ok=True)  # fails now if that cannot be
     digest = model_digest(config.model_path)
@@ -2613,7 +2863,11 @@ def sample_run(config, checkpoint, max_kept=None):
           f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
           f"{runtime.precision}")
     text = png_text(config, num_steps, digest)
-    kept, todo = images_to_sample(config, text, max_kept or config.num_samples)
+
+    def text_of(i):
+        return text | dict(prompt=names[i]) if model.vocabulary else text
+
+    kept, todo = images_to_sample(config, text_of, max_kept or config.num_samples)
     frames = Frames(config, ts)
     num_batches = math.ceil(len(todo) / config.sample_batch_size)
     with tqdm(total=num_batches * num_steps, unit="step", dynamic_ncols=True,
@@ -2626,13 +2880,13 @@ def sample_run(config, checkpoint, max_kept=None):
                 model, diffusion, config, labels, runtime.precision, todo, on_step, image, mask):
             for i, single in zip(indices, pixels):
                 if config.individual:
-                    save_png(to_images(single[None])[0], image_path(config, i), text)
+                    save_png(to_images(single[None])[0], image_path(config, i), text_of(i))
                 if i < (max_kept or config.num_samples):
                     kept[i] = single
     pixels = gather_images([kept[i][None] for i in sorted(kept)], config, model)
     leave_processes()
     if runtime.is_main:
-        files = write_samples(config, pixels, frames.shown, model.class_names, labels, text)
+        files = write_samples(config, pixels, frames.shown, model, names, text)
         print_files([*list_individual(config), *files])
     return pixels
 
@@ -2655,10 +2909,10 @@ def image_path(config, i):
     """The file of --individual for image number i."""
     return Path(config.individual, f"{i:05d}.png")
 
-def images_to_sample(config, text, max_kept):
+def images_to_sample(config, text_of, max_kept):
     """What a sampling that was stopped has left to do in this process: ({number: image} of those
     that are there, up to max_kept; the numbers of the others). The first batch is always sampled,
-    to show its steps. text: in a PNG tells whether it is of the same sampling."""
+    to show its steps. text_of(i): in a PNG tells whether it is of the same sampling."""
     mine = process_share(config.num_samples)
     known_by_text = config.interpolate is None and config.init_image is None
     if not config.individual or not known_by_text:
@@ -2668,7 +2922,7 @@ def images_to_sample(config, text, max_kept):
     todo = []
     for i in mine:
         path = image_path(config, i)
-        if i < config.sample_batch_size or path.name not in present or not is_from(path, text):
+        if i < config.sample_batch_size or path.name not in present or not is_from(path, text_of(i)):
             todo.append(i)
         elif i < max_kept:
             with Image.open(path) as image:
@@ -2722,18 +2976,16 @@ def png_text(config, num_steps, digest):
             text[name] = Path(str(getattr(config, name))).name
     return text
 
-def write_samples(config, pixels, frames, class_names, labels, text):
-    """Write sampled images (N, C, H, W) uint8 and their trajectory. Returns the paths."""
+def write_samples(config, pixels, frames, model, names, text):
+    """Write sampled images (N, C, H, W) uint8 and their trajectory. names: of the classes or
+    captions. Returns the paths."""
     folder = Path(config.samples_dir)
-    names = [class_names[label] if label >= 0 else "" for label in labels]
+    if model.vocabulary:
+        text = text | dict(prompt=" | ".join(dict.fromkeys(names)))
     files = []
     if config.interpolate is None:
-        shown = pixels[:MAX_SHOWN]
-        asked_for = class_names
-        if config.classes:
-            asked_for = split_classes(config.classes, class_names)
-        columns = grid_columns(len(shown), asked_for)
-        files.append(save_grid(shown, folder / "generated_sample.png", columns, text))
+        path = folder / "generated_sample.png"
+        files.append(save_samples(pixels[:MAX_SHOWN], names, model, path, text))
     else:
         files.append(save_grid(pixels, folder / "interpolation.png", len(pixels), text))
         files.append(save_gif(there_and_back(pixels), folder / "interpolation.gif"))
@@ -2771,12 +3023,37 @@ def save_png(image, path, text=None):
         info.add_text(key, value)
     return atomic_write(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
-def save_grid(pixels, path, columns, text=None):
-    """Write images (N, C, H, W) uint8 as one PNG, small ones magnified. Returns the path."""
+def make_grid(pixels, columns):
+    """Images (N, C, H, W) uint8 as one PIL image, small ones magnified."""
     zoom = max(1, 64 // pixels.shape[-1])
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     grid = torchvision.utils.make_grid(pixels, columns, pad_value=255)
-    return save_png(to_images(grid[None])[0], path, text)
+    return to_images(grid[None])[0]
+
+def save_grid(pixels, path, columns, text=None):
+    """Write images (N, C, H, W) uint8 as one PNG. Returns the path."""
+    return save_png(make_grid(pixels, columns), path, text)
+
+def save_samples(pixels, names, model, path, text=None):
+    """Write samples (N, C, H, W) uint8 as one PNG: a row for each of up to 50 captions, which
+    stands beside it, or columns for classes. names: of the captions or classes. Returns the
+    path."""
+    different = list(dict.fromkeys(names))
+    if not model.vocabulary or len(different) > 50:
+        return save_grid(pixels, path, grid_columns(len(pixels), different), text)
+    rows = [[image for image, name in zip(pixels, names) if name == row] for row in different]
+    columns = max(map(len, rows))
+    white = torch.full_like(pixels[0], 255)
+    filled = [image for row in rows for image in row + [white] * (columns - len(row))]
+    grid = make_grid(torch.stack(filled), columns)
+    height = (grid.height - 2) // len(rows)
+    labelled = Image.new("RGB", (grid.width + 200, grid.height), "white")
+    labelled.paste(grid, (200, 0))
+    draw = ImageDraw.Draw(labelled)
+    for i, name in enumerate(different):
+        lines = textwrap.wrap(printable(name), 30, max_lines=height // 13, placeholder=" …")
+        draw.text((8, i * height + 4), "\n".join(lines), "black", ImageFont.load_default(12))
+    return save_png(labelled, path, text)
 
 def save_gif(frames, path):
     """Write up to 60 of the frames, (n, C, H, W) uint8 each, as an animation. Returns the path."""
@@ -2921,15 +3198,15 @@ def write_start_plots(config, images):
             plot_schedules(config, folder / "schedules.png"),
             plot_forward_process(x0[:1], config, folder / "forward_process.png")]
 
-def write_previews(preview, epochs, class_names, folder):
+def write_previews(preview, epochs, model, folder):
     """Write the grids of a Preview. Returns {name: path}."""
     ending = "_epoch" + f"{epochs:.2f}".rstrip("0").rstrip(".") + ".png"  # as in _epoch0.64.png
     rows = dict(clean=preview.clean, noisy=preview.noisy, pred=preview.predicted)
     titles = [f"t = {t}" for t in preview.timesteps]
-    columns = grid_columns(len(preview.generated), class_names)
     grids = {name: save_grid(pixels, folder / f"{name}{ending}", len(pixels))
              for name, pixels in rows.items()}
-    grids["generated"] = save_grid(preview.generated, folder / f"generated{ending}", columns)
+    path = folder / f"generated{ending}"
+    grids["generated"] = save_samples(preview.generated, preview.names, model, path)
     grids["compared"] = plot_rows(rows, titles, folder / f"compared{ending}")
     return grids
 
@@ -2992,6 +3269,8 @@ class Parser(argparse.ArgumentParser):
         metavar = {int: "N", float: "X", str: "PATH"}[kind]
         if choices or name == "classes":
             metavar = "NAME"
+        if name == "prompt":
+            metavar = "TEXT"
         options = dict(type=kind, choices=choices, metavar=metavar, help=meaning)
         if is_tuple:
             options["nargs"] = "+"
