@@ -665,9 +665,10 @@ OTHER_STATES = [
 
 @pytest.mark.parametrize("part, value", OTHER_STATES)
 def test_a_run_whose_state_is_of_another_shape(
-    refused, main, image_folder, tmp_path, quick_plots, part, value
+    refused, trained, tmp_path, quick_plots, part, value
 ):
-    assert main(*training(image_folder), "--model_path m/x.pt") == 0
-    whole = torch.load("m/x.pt_steps/step_00000001.pt", weights_only=True)
+    [run] = trained.parent.glob("*_steps/step_*.pt")
+    whole = torch.load(run, weights_only=True)
     torch.save(whole | {part: value}, "bad.pt")
-    refused("--mode train --resume bad.pt --steps 3", "bad.pt")
+    more = f"--resume bad.pt --steps {whole['step'] + 2} --model_path m.pt --samples_dir samples"
+    refused(f"--mode train {more}", "bad.pt")
