@@ -33,6 +33,8 @@ WIDTH = 150  # of an image on the page, in the browser's pixels
 SAMPLERS = {"ddpm": "the original", "ddim": "without fresh noise", "dpm++": "good from 10 steps"}
 GRIDS = {"generated": "Sampled from the same noise each time",
          "compared": "Clean, with noise, and as the model predicts them"}
+RESIZED = {"crop": "its centre becomes", "pad": "with a border it becomes",
+           "stretch": "it is stretched to"}
 LAST_SEED = 2**53 - 1  # the largest number that browsers are sure of
 
 # ------------------------------------------------------------------------------------------- models
@@ -58,7 +60,7 @@ def describe(path, changed):
     except ddpm.UserError:
         return f"{path.name}: cannot be read"
     data = Path(config.data_path).name
-    size = f"{config.image_size}x{config.image_size}"
+    size = ddpm.size_text(config.image_size)
     classes = f", {len(checkpoint['classes'])} classes" if checkpoint["classes"] else ""
     return f"{path.name}: {data}, {size}{classes}"
 
@@ -253,9 +255,9 @@ class Upload(io.BytesIO):
     def __repr__(self):
         return self.name
 
-def upload(label, size, channels, white=None):
-    """The image that the user gives: its name and itself, (1, channels, size, size) in [-1, 1]; or
-    None. white: as in ddpm.decode."""
+def upload(label, config, channels, white=None):
+    """The image that the user gives: its name and itself, (1, channels, H, W) in [-1, 1]; or None.
+    white: as in ddpm.decode."""
     file = st.file_uploader(label, [suffix[1:] for suffix in sorted(ddpm.image_suffixes())])
     if not file:
         return None
@@ -266,29 +268,31 @@ def upload(label, size, channels, white=None):
         pixels = 0
     ddpm.require(pixels <= 10**8,
                  f"{file.name} has {pixels / 1e6:.0f} million pixels: give at most 100.")
-    return file.name, ddpm.load_image(Upload(file), size, channels, white)
+    image = ddpm.load_image(Upload(file), config.image_size, channels, white, config.resize)
+    return file.name, image
 
 # --------------------------------------------------------------------------------------------- edit
 
-def rectangle(size, config):
-    """A mask (1, 1, size, size) from two sliders: 1 inside, in percent of the image without its
+def rectangle(model, config):
+    """A mask (1, 1, H, W) from two sliders: 1 inside, in percent of the image without its
     border."""
     left, right = st.columns(2)
     across = left.slider("From left to right, in %", 0, 100, (50, 100))
     down = right.slider("From top to bottom, in %", 0, 100, (0, 100))
-    x1, x2 = (round(percent * config.image_size / 100) for percent in across)
-    y1, y2 = (round(percent * config.image_size / 100) for percent in down)
-    mask = torch.zeros(1, 1, size, size)
+    height, width = ddpm.image_sides(config.image_size)
+    x1, x2 = (round(percent * width / 100) for percent in across)
+    y1, y2 = (round(percent * height / 100) for percent in down)
+    mask = torch.zeros(1, 1, *model.image_shape[1:])
     ddpm.crop(mask, config.image_size)[..., y1:y2, x1:x2] = 1
     return mask
 
 def choose_mask(model, config):
-    """The mask (1, 1, size, size) that the user wants, 1 where to inpaint; None before it is
+    """The mask (1, 1, H, W) that the user wants, 1 where to inpaint; None before it is
     there."""
     where = st.radio("Where", ["A rectangle", "A mask of yours"], horizontal=True)
     if where == "A rectangle":
-        return rectangle(model.image_size, config)
-    given = upload("The mask: white is inpainted, black is kept", config.image_size, 1)
+        return rectangle(model, config)
+    given = upload("The mask: white is inpainted, black is kept", config, 1)
     if not given:
         return None
     _, mask = given
@@ -308,8 +312,8 @@ def edit(key):
     task = st.radio("What to do", choices, horizontal=True, key="task", persist_state="session")
     if task == "Between two seeds":
         return form(task, key, "Go from one to the other", extra=second_seed)
-    label = "Your image; its central square is used"
-    given = upload(label, config.image_size, model.image_channels, model.white)
+    label = f"Your image; {RESIZED[config.resize]} {ddpm.size_text(config.image_size)}"
+    given = upload(label, config, model.image_channels, model.white)
     if not given:
         return st.info("Give an image, then choose what to do with it.")
     name, image = given
@@ -380,7 +384,7 @@ def plots(key, image):
 def look_inside(key):
     model, diffusion, config, _ = open_model(*key)
     question = "An image of yours; without one, the model generates it"
-    given = upload(question, config.image_size, model.image_channels, model.white)
+    given = upload(question, config, model.image_channels, model.white)
     left, right = st.columns(2)
     seed = left.number_input("Seed of the model's image", 0, LAST_SEED, 0)
     label = -1

@@ -191,12 +191,13 @@ SCHEDULES = dict(
 
 def unet_config(config, model):
     """The config.json of the UNet2DModel that equals a model of ours."""
+    _, height, width = model.image_shape
     blocks = [layer for layer in model.down if isinstance(layer, ddpm.ResAttention)]
     kinds = []
     for first_block in blocks[:: config.res_blocks]:  # of each stage
         kinds.append("Attn" if isinstance(first_block.attention, ddpm.Attention) else "")
     return UNET | dict(
-        sample_size=model.image_size,
+        sample_size=height if height == width else [height, width],
         in_channels=model.image_channels,
         out_channels=model.image_channels,
         block_out_channels=[config.channels * multiple for multiple in config.channel_mults],
@@ -240,13 +241,12 @@ def read_unet(given, **settings):
     compare(first, (), UNET, in_channels=[1, 3])
     widths = given["block_out_channels"]
     size = given["sample_size"]
-    if isinstance(size, list):
-        size = size[0]
+    height, width = size if isinstance(size, list) else (int(size), int(size))
     kinds = given["down_block_types"]
     stages = [i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D"]  # with attention
     config = ddpm.override(
         ddpm.Config(),
-        image_size=size,
+        image_size=f"{width}x{height}",
         patch=1,
         channels=widths[0],
         res_blocks=given["layers_per_block"],
@@ -256,12 +256,12 @@ def read_unet(given, **settings):
         attention="full" if given["add_attention"] else "none",
         guidance=1.0,
         **settings)
-    attention_at = tuple(ddpm.stage_sides(config)[i] for i in stages)
+    attention_at = tuple(ddpm.stage_heights(config)[i] for i in stages)
     config = ddpm.override(config, attention_at=attention_at)
     ddpm.check(config)
     with torch.device("meta"):  # no memory for weights
         model = ddpm.build_model(config, given["in_channels"], [])
-    side = model.image_size
+    ours = unet_config(config, model)
     attention_widths = {widths[i] for i in stages}
     if given["add_attention"]:
         attention_widths.add(widths[-1])  # in the middle
@@ -270,8 +270,8 @@ def read_unet(given, **settings):
     compare(
         given,
         UNET_DEFAULTS,
-        unet_config(config, model),
-        sample_size=[side, [side, side]],
+        ours,
+        sample_size=[ours["sample_size"], list(model.image_shape[1:])],
         attention_head_dim=[heads if is_one_head else None],
         act_fn=["silu", "swish"],
         attn_norm_num_groups=[None, given["norm_num_groups"]],
@@ -377,8 +377,8 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
     if model.class_names:
         choices = f"none; --classes takes one of {', '.join(model.class_names)}"
         print(f"class     {classes or choices}")
-    if model.image_size != config.image_size:
-        print("note: its images of 28 pixels are 32 in diffusers, with a border of 2 to crop")
+    if model.image_shape[1:] != ddpm.image_sides(config.image_size):
+        print("note: its images' sides of 28 pixels are 32 in diffusers, with a border of 2 to crop")
     return [str(folder / name) for name in files]
 
 def to_json(content):
@@ -473,7 +473,7 @@ def from_diffusers(folder, model_path):
         weights=weights,
         ema=weights)
     count = sum(value.numel() for value in weights.values())
-    print(f"network   unet, {count:,} parameters, {config.image_size}x{config.image_size}, "
+    print(f"network   unet, {count:,} parameters, {ddpm.size_text(config.image_size)}, "
           f"{model.image_channels} channels")
     print(f"diffusion T {config.timesteps}, {config.schedule}, predicts {config.predict}")
     return ddpm.atomic_write(model_path, lambda f: torch.save(state, f))

@@ -127,7 +127,8 @@ class Config:
     data_path: str = flag("animal_data", f"folder, or one of {' '.join(DATASETS)}", group="data",
                           change_on=RESUME)
     download_dir: str = flag("data", "folder for downloads and decoded images", change_on=RESUME)
-    image_size: int = flag(64, "side of the square images, in pixels", 8, 1024)
+    image_size: int | str = flag(64, "side of square images in pixels, or WIDTHxHEIGHT", 8, 1024)
+    resize: str = flag("crop", "how to resize images of another shape", choices="crop pad stretch")
     captions: bool = flag(True, "condition on the captions of the images, where there are any",
                           change_on=RESUME)
     max_images: int | None = flag(None, "use at most N random images (default: all)", 1, 10**12)
@@ -150,7 +151,7 @@ class Config:
     res_blocks: int = flag(1, "residual blocks per stage, one more in the decoder (unet)", 1, 16)
     attention: str = flag("full", "kind of attention (unet)", choices="full linear none")
     attention_at: tuple[int, ...] = flag(
-        (), "sides of the feature maps with attention (default: of the last two stages)", 1, 1024)
+        (), "heights of feature maps with attention (default: of the last two stages)", 1, 1024)
     dropout: float = flag(0.0, "dropout inside residual blocks (unet)", 0, 0.95)
     class_cond: bool = flag(True, "condition on the class (of two or more) or the caption")
     label_dropout: float = flag(0.1, "fraction of labels hidden in training, for --guidance", 0, 1)
@@ -210,8 +211,29 @@ class Config:
     interpolate: int | None = flag(None, "go from the first image of --seed to that of this seed",
                                    0, 2**63 - 1, change_on=BOTH, stored=False)
 
+    def __post_init__(self):
+        self.image_size = simplest_size(self.image_size)
+
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 LENGTHS = ("steps", "epochs", "minutes")
+
+def simplest_size(image_size):
+    """An image size as Config has it: a number for a square, else text, as in "96x64"."""
+    side = re.fullmatch(r"(\d{1,9})(x\1)?", str(image_size))
+    return int(side[1]) if side else image_size
+
+def image_sides(image_size):
+    """(height, width) of images of this --image_size."""
+    sides = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", str(image_size))
+    require(sides, f"--image_size {image_size}: give a number of pixels for squares, or "
+            "WIDTHxHEIGHT, as in 96x64.")
+    width, height = sides.groups()
+    return int(height or width), int(width)
+
+def size_text(image_size):
+    """An image size as text, as in "64x64"."""
+    height, width = image_sides(image_size)
+    return f"{width}x{height}"
 
 def flag_groups():
     """{heading of --help: names of its settings}; no group means the last one named."""
@@ -308,6 +330,8 @@ def check_value(name, value, field):
     if typing.get_origin(field.type) is tuple:
         require(type(value) is tuple, wrong_type)
         values = value
+    if name == "image_size":
+        values = image_sides(value)
     low, high = field.metadata["low"], field.metadata["high"]
     for v in values:
         has_zero_byte = type(v) is str and "\0" in v  # which no file name may have
@@ -363,24 +387,41 @@ def warn_of_unused(config, given):
 
 def check_network(config):
     require(config.channel_mults, "--channel_mults is empty: give a number per stage, as in 1 2 2.")
-    size = padded_size(config.image_size)
     stride = total_stride(config)
-    multiples = [n * stride for n in (size // stride, size // stride + 1) if n > 0]
-    require(size % stride == 0, f"--image_size {config.image_size} must be divisible by {stride}: "
-            f"use {' or '.join(map(str, multiples))}.")
+    sizes = nearest_sizes(config, *image_sides(config.image_size))
+    remedy = " or ".join(map(str, sizes)) or "fewer --channel_mults"
+    require(config.image_size in sizes,
+            f"--image_size {config.image_size} must be divisible by {stride}: use {remedy}.")
     require(config.channels % 2 == 0 or config.arch == "resnet18",
             f"--channels {config.channels} must be even: half sines, half cosines.")
     require(config.arch == "unet" or not config.checkpointing,
             f"--checkpointing has no effect on --arch {config.arch}: leave it out.")
     if config.arch == "unet" and config.attention != "none":
-        sides = stage_sides(config)
+        heights = stage_heights(config)
         wanted = " ".join(map(str, config.attention_at))
-        require(set(config.attention_at) <= set(sides), f"--attention_at {wanted}: the stages have "
-                f"sides {' '.join(map(str, sides))}; choose among them, or --attention none.")
+        require(set(config.attention_at) <= set(heights), f"--attention_at {wanted}: the stages "
+                f"have heights {' '.join(map(str, heights))}; choose among them, or "
+                "--attention none.")
 
-def padded_size(image_size):
-    """Side of the images in the network: MNIST's 28 cannot be halved often and gets a border."""
-    return 32 if image_size == 28 else image_size
+def padded(side):
+    """A side of the images in the network: MNIST's 28 cannot be halved often and gets a border."""
+    return 32 if side == 28 else side
+
+def padded_sides(image_size):
+    """(height, width) of the images in the network, with the border."""
+    return tuple(padded(side) for side in image_sides(image_size))
+
+def nearest_sizes(config, height, width):
+    """The --image_size next below and above a height and a width that the network can take."""
+    stride = total_stride(config)
+    limits = FIELDS["image_size"].metadata
+    fitting = [n for n in range(limits["low"], limits["high"] + 1) if padded(n) % stride == 0]
+
+    def nearest(side):
+        return [n for n in fitting if n <= side][-1:] + [n for n in fitting if n >= side][:1]
+
+    sizes = [simplest_size(f"{w}x{h}") for h, w in zip(nearest(height), nearest(width))]
+    return list(dict.fromkeys(sizes))
 
 def total_stride(config):
     """How many pixels of an image are one pixel of the network's deepest feature map."""
@@ -388,10 +429,10 @@ def total_stride(config):
         return config.patch * 2 ** (len(config.channel_mults) - 1)
     return {"simple": 16, "resnet18": 32}[config.arch]
 
-def stage_sides(config):
-    """Sides of the feature maps in the stages of a UNet."""
-    first = padded_size(config.image_size) // config.patch
-    return [first >> stage for stage in range(len(config.channel_mults))]
+def stage_heights(config):
+    """Heights of the feature maps in the stages of a UNet."""
+    height, _ = padded_sides(config.image_size)
+    return [height // config.patch >> stage for stage in range(len(config.channel_mults))]
 
 # ---------------------------------------------------------------------------------- noise schedules
 
@@ -941,15 +982,15 @@ def build_model(config, image_channels, class_names, vocabulary=(), examples=())
     elif config.arch == "resnet18":
         model = ResNetUNet(image_channels, num_classes, config.pretrained)
     else:
-        sides = stage_sides(config)
-        attention_at = config.attention_at or sides[-2:]
-        attention_stages = [i for i, side in enumerate(sides) if side in attention_at]
+        heights = stage_heights(config)
+        attention_at = config.attention_at or heights[-2:]
+        attention_stages = [i for i, height in enumerate(heights) if height in attention_at]
         model = UNet(image_channels, config.channels, config.channel_mults, config.res_blocks,
                      config.attention, attention_stages, config.dropout, num_classes, config.patch,
                      len(vocabulary))
         model.checkpointing = config.checkpointing
     model.image_channels = image_channels
-    model.image_size = padded_size(config.image_size)  # with the border
+    model.image_shape = (image_channels, *padded_sides(config.image_size))  # (C, H, W)
     model.class_names = list(class_names)
     model.vocabulary = list(vocabulary)
     model.examples = list(examples)
@@ -962,7 +1003,7 @@ NO_IMAGES = {"PDF", "EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 ARRAYS = {".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".parquet", ".tfrecord", ".csv"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-DECODER_VERSION = 3  # raised when `decode` gives other pixels, so that old caches are not used
+DECODER_VERSION = 4  # raised when `decode` gives other pixels, so that old caches are not used
 
 # Images before decoding. labels: (N,) ints, -1 for none; key: changes whenever the images do;
 # open(i): the PIL image; notes: sentences about what else there is; captions: N strings, "" for
@@ -972,8 +1013,9 @@ ImageSource = namedtuple(
 
 # What `decode_all` wrote. pixels: (N, C, H, W) uint8; unreadable: {row: error}; white: the value
 # that became white in images of more than 8 bits, None without any; coloured: rows of images in
-# colour, [] if they are not rare; blank: rows of those in which there is nothing to see.
-Decoded = namedtuple("Decoded", "pixels unreadable white coloured blank")
+# colour, [] if they are not rare; blank: rows of those in which there is nothing to see; shape: the
+# median of width / height, and how many images have it, to 5 %.
+Decoded = namedtuple("Decoded", "pixels unreadable white coloured blank shape")
 
 def to_network(pixels):
     """uint8 pixels 0..255 -> float32 in [-1, 1], the range that the network sees. Any shape."""
@@ -985,7 +1027,7 @@ def to_pixels(x):
 
 def crop(images, image_size):
     """Images (..., H, W) without the border that `decode` gave those of 28 pixels."""
-    return torchvision.transforms.functional.center_crop(images, image_size)
+    return torchvision.transforms.functional.center_crop(images, image_sides(image_size))
 
 def to_device(x, device):
     """The tensor on the device. Only CUDA need not wait (MPS spoils the data: pytorch#189690)."""
@@ -1018,28 +1060,41 @@ def to_8_bits(image, white):
     values = np.nan_to_num(np.asarray(image, dtype=np.float64))
     return Image.fromarray((values.clip(0, white) / white * 255).round().astype(np.uint8))
 
-def decode(image, size, channels, white=None):
-    """A PIL image's central square: (channels, side, side) uint8, with side = `padded_size`.
-    white: the value that becomes white if it has more than 8 bits; None: by its own values."""
-    image.draft(None, (2 * size, 2 * size))  # a JPEG need not be decoded at full size
-    image = ImageOps.exif_transpose(image)
+def decode(image, image_size, channels, white=None, resize="crop"):
+    """The pixels of a PIL image, which is turned upright, as the network sees them: (channels, H,
+    W) uint8. white: the value that becomes white if it has more than 8 bits; None: by its own."""
+    height, width = image_sides(image_size)
+    enough = 2 * max(height, width)
+    image.draft(None, (enough, enough))  # a JPEG need not be decoded at full size
+    ImageOps.exif_transpose(image, in_place=True)
     if has_more_bits(image):
         image = to_8_bits(image, white or white_level(largest_value(image)))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
-    image = ImageOps.fit(image, (size, size), Image.BICUBIC)
-    pixels = np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
-    border = (padded_size(size) - size) // 2
-    return np.pad(pixels, ((0, 0), (border, border), (border, border)), mode="edge")
+    if resize == "crop":
+        image = ImageOps.fit(image, (width, height), Image.BICUBIC)
+    elif resize == "pad":
+        image = ImageOps.pad(image, (width, height), Image.BICUBIC, edge_colour(image))
+    else:
+        image = image.resize((width, height), Image.BICUBIC)
+    pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+    y, x = ((padded(side) - side) // 2 for side in (height, width))
+    return np.pad(pixels, ((0, 0), (y, y), (x, x)), mode="edge")
 
-def load_image(path, size, channels, white=None):
-    """The image in a file as a network sees it: (1, channels, side, side) in [-1, 1]. white: as in
-    `decode`."""
+def edge_colour(image):
+    """The mean colour of a PIL image's first and last rows and columns."""
+    pixels = np.asarray(image)  # (H, W) or (H, W, 3)
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return tuple(np.atleast_1d(edges.mean(axis=0)).round().astype(int).tolist())
+
+def load_image(path, image_size, channels, white=None, resize="crop"):
+    """The image in a file as a network sees it: (1, channels, H, W) in [-1, 1]. white, resize: as
+    in `decode`."""
     try:
         with open_image(path) as image:
-            pixels = decode(image, size, channels, white)
+            pixels = decode(image, image_size, channels, white, resize)
     except Exception as e:  # broken files make decoders raise anything
         raise UserError(
             f"{path} cannot be read ({type(e).__name__}: {e}). Give an image file.") from None
@@ -1310,12 +1365,13 @@ def choose_images(config, n):
 
 def decode_cached(config, source, chosen):
     """What `read_cache` returns for the chosen images; decoded first if there is no cache yet."""
-    key = json.dumps([DECODER_VERSION, config.image_size, source.key, chosen.tolist()])
+    key = json.dumps(
+        [DECODER_VERSION, config.image_size, config.resize, source.key, chosen.tolist()])
     digest = hashlib.sha256(key.encode()).hexdigest()[:24]
     cache = Path(config.download_dir, "decoded", f"{digest}.npy")
     decoded = read_cache(cache)
     if decoded is None:
-        decode_all(source, chosen, config.image_size, cache)
+        decode_all(source, chosen, config, cache)
         decoded = read_cache(cache)
     require(decoded, f"{cache} cannot be read back: give another --download_dir.")
     return decoded
@@ -1345,18 +1401,18 @@ def look_at_all(source, chosen):
     for_each_row(look, range(len(chosen)), "opening")  # its errors come again in decoding
     return coloured, white_level(largest.max()) if largest.any() else None
 
-def decode_all(source, chosen, size, path):
+def decode_all(source, chosen, config, path):
     """Decode the chosen images into a file of pixels, and one beside it with the rest of `Decoded`.
     Both get their names once whole, so that a crash or a second process cannot leave a wrong
     one."""
     coloured, white = look_at_all(source, chosen)
     contrast = np.full(len(chosen), 255)
+    ratios = np.ones(len(chosen))  # width / height
     channels = 3 if coloured.any() else 1
-    side = padded_size(size)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        shape = (len(chosen), channels, side, side)
+        shape = (len(chosen), channels, *padded_sides(config.image_size))
         pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
         if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process later
             with open(partial, "r+b") as f:
@@ -1364,15 +1420,19 @@ def decode_all(source, chosen, size, path):
 
         def decode_row(row):
             with contextlib.closing(source.open(chosen[row])) as image:
-                decoded = decode(image, size, channels, white)
+                decoded = decode(image, config.image_size, channels, white, config.resize)
+                ratios[row] = image.width / image.height
             contrast[row] = np.ptp(decoded, axis=(1, 2)).max()  # of all red is 0 too
             pixels[row] = decoded
 
         errors = for_each_row(decode_row, range(len(chosen)), "decoding")
         pixels.flush()
         rare = np.flatnonzero(coloured) if coloured.mean() < 0.1 else np.array([])
+        median = np.median(ratios)
+        num_alike = np.sum(abs(ratios / median - 1) < 0.05)
         about = dict(unreadable=errors, white=white, coloured=rare.tolist(),
-                     blank=np.flatnonzero(contrast < 16).tolist())
+                     blank=np.flatnonzero(contrast < 16).tolist(),
+                     shape=(median, int(num_alike)))
         atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
         os.replace(partial, path)
     finally:
@@ -1402,6 +1462,7 @@ class Images:
         report_unreadable(names, unreadable)
         self.white = decoded.white
         self.notes = source.notes + notes_on_pixels(names, decoded)
+        self.notes += notes_on_shape(decoded.shape, len(names), config)
         self.num_unused = len(source.names) - len(chosen)
         self.train, self.validation = split_rows(len(chosen), unreadable, config)
         self.num_found = len(source.names)
@@ -1490,6 +1551,26 @@ def notes_on_pixels(names, decoded):
         notes.append(f"warning: there is next to nothing to see in {len(decoded.blank)} of {n} "
                      f"images, such as {example}: black, white or one colour")
     return notes
+
+def notes_on_shape(shape, num_images, config):
+    """A sentence if nearly all images have one shape that cropping takes much from."""
+    median, num_alike = shape
+
+    def kept(image_size):  # the fraction of such an image
+        height, width = image_sides(image_size)
+        ratio = median * height / width
+        return min(ratio, 1 / ratio)
+
+    size = config.image_size
+    side = min(image_sides(size))
+    sizes = nearest_sizes(config, side * max(1, 1 / median), side * max(1, median))
+    better = max([size, *sizes], key=kept)
+    is_worth_it = config.resize == "crop" and kept(better) > kept(size) + 0.15
+    if not is_worth_it or num_alike < 0.9 * num_images:
+        return []
+    return [f"note: {num_alike} of {num_images} images are {median:.3g} times as wide as high, and "
+            f"cropping to {size_text(size)} keeps {kept(size):.0%} of each: --image_size {better} "
+            f"keeps {kept(better):.0%}, --resize pad all"]
 
 def split_rows(n, unreadable, config):
     """The readable rows, --holdout of them for validation: (training, validation), sorted."""
@@ -2273,8 +2354,8 @@ def check_run(config, runtime):
             f"({runtime.world_size} processes, --grad_accum {config.grad_accum}): use a multiple "
             f"of {n}, or to resume another --grad_accum or number of processes.")
     if config.arch != "unet":  # BatchNorm needs two values
-        deepest_side = padded_size(config.image_size) // total_stride(config)
-        require(deepest_side > 1 or config.batch_size > n, f"--batch_size {config.batch_size} "
+        num_pixels = math.prod(padded_sides(config.image_size)) // total_stride(config) ** 2
+        require(num_pixels > 1 or config.batch_size > n, f"--batch_size {config.batch_size} "
                 f"leaves --arch {config.arch} one pixel to normalise by: use {2 * n} or more, or a "
                 "larger --image_size.")
 
@@ -2382,7 +2463,7 @@ def print_banner(config, state, runtime, abar_T, origin):
     unused = f", {images.num_unused} not used (--max_images)" if images.num_unused else ""
     print(f"data      {printable(config.data_path)}: {images.num_found} found, {n} for training, "
           f"{len(images.validation)} for validation, {images.num_unreadable} unreadable{unused}; "
-          f"{config.image_size}x{config.image_size}, {images.channels} channels\n"
+          f"{size_text(config.image_size)}, {images.channels} channels\n"
           f"{describe_labels(images, counts)}\n"
           f"network   {config.arch}, {parameters:,} parameters\n"
           f"device    {describe_device(runtime.device)}, {runtime.precision}, processes "
@@ -2757,13 +2838,12 @@ def generate(model, diffusion, config, indices, labels, precision="fp32", image=
     require(config.guidance == 1 or model.class_names or model.vocabulary, f"--guidance "
             f"{config.guidance:g}: the model was trained without classes; leave it out.")
     device = next(model.parameters()).device
-    shape = (model.image_channels, model.image_size, model.image_size)
     if config.interpolate is None:
-        noise = ImageNoise(config.seed, indices, shape, device)
+        noise = ImageNoise(config.seed, indices, model.image_shape, device)
     else:
         fraction = torch.tensor(indices, device=device) / max(config.num_samples - 1, 1)
-        first = ImageNoise(config.seed, [0], shape, device)
-        last = ImageNoise(config.interpolate, [0], shape, device)
+        first = ImageNoise(config.seed, [0], model.image_shape, device)
+        last = ImageNoise(config.interpolate, [0], model.image_shape, device)
 
         def noise():
             return slerp(first(), last(), fraction)
@@ -2800,8 +2880,8 @@ def process_share(n):
 def sample_batches(model, diffusion, config, labels, precision, indices, on_step=None, image=None,
                    mask=None):
     """Sample the images number `indices`; image i has labels[i]. Yields (numbers, images uint8
-    (n, C, size, size) on the CPU) after each batch. on_step(start, t, x) is called after each step
-    of the batch that starts with image number `start`. image, mask: as in `generate`."""
+    (n, C, H, W) on the CPU) after each batch. on_step(start, t, x) is called after each step of the
+    batch that starts with image number `start`. image, mask: as in `generate`."""
     for first in range(0, len(indices), config.sample_batch_size):
         batch = indices[first : first + config.sample_batch_size]
         batch_labels = [labels[i] for i in batch]
@@ -2812,16 +2892,16 @@ def sample_batches(model, diffusion, config, labels, precision, indices, on_step
         yield batch, crop(to_pixels(x), config.image_size).cpu()  # x of the last step
 
 def sample_images(model, diffusion, config, labels, precision):
-    """An image per label, sampled in batches that all processes share: uint8 (N, C, size, size) on
-    the CPU of each."""
+    """An image per label, sampled in batches that all processes share: uint8 (N, C, H, W) on the
+    CPU of each."""
     mine = process_share(len(labels))
     batches = sample_batches(model, diffusion, config, labels, precision, mine)
     return gather_images([pixels for _, pixels in batches], config, model)
 
 def gather_images(batches, config, model):
-    """The batches of all processes, (n, C, size, size) uint8, as one, in each of them."""
-    size = config.image_size
-    no_images = torch.empty(0, model.image_channels, size, size, dtype=torch.uint8)
+    """The batches of all processes, (n, C, H, W) uint8, as one, in each of them."""
+    shape = (model.image_channels, *image_sides(config.image_size))
+    no_images = torch.empty(0, *shape, dtype=torch.uint8)
     pixels = torch.cat([no_images, *batches])
     if not dist.is_initialized():
         return pixels
@@ -2958,12 +3038,13 @@ def load_edit(config, model):
     """For --init_image and --mask: (config with a strength, image or None, mask or None)."""
     if not config.init_image:
         return config, None, None
-    image = load_image(config.init_image, config.image_size, model.image_channels, model.white)
+    image = load_image(config.init_image, config.image_size, model.image_channels, model.white,
+                       config.resize)
     if not config.strength:
         config = override(config, strength=1.0 if config.mask else 0.5)
     if not config.mask:
         return config, image, None
-    mask = load_image(config.mask, config.image_size, 1) > 0
+    mask = load_image(config.mask, config.image_size, 1, resize=config.resize) > 0
     return config, image, mask.float()
 
 def png_text(config, num_steps, digest):
@@ -3025,7 +3106,7 @@ def save_png(image, path, text=None):
 
 def make_grid(pixels, columns):
     """Images (N, C, H, W) uint8 as one PIL image, small ones magnified."""
-    zoom = max(1, 64 // pixels.shape[-1])
+    zoom = max(1, 64 // max(pixels.shape[2:]))
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     grid = torchvision.utils.make_grid(pixels, columns, pad_value=255)
     return to_images(grid[None])[0]
@@ -3051,7 +3132,8 @@ def save_samples(pixels, names, model, path, text=None):
     labelled.paste(grid, (200, 0))
     draw = ImageDraw.Draw(labelled)
     for i, name in enumerate(different):
-        lines = textwrap.wrap(printable(name), 30, max_lines=height // 13, placeholder=" …")
+        max_lines = max(1, height // 13)
+        lines = textwrap.wrap(printable(name), 30, max_lines=max_lines, placeholder=" …")
         draw.text((8, i * height + 4), "\n".join(lines), "black", ImageFont.load_default(12))
     return save_png(labelled, path, text)
 
@@ -3092,7 +3174,10 @@ def plot_pair(titles, xlabel):
 
 def plot_rows(rows, titles, path, text=None):
     """Rows of images, {name: (columns, C, H, W) uint8}, with a title per column."""
-    figure = new_figure(0.95 * len(titles), 0.95 * len(rows) + 0.3)
+    height, width = next(iter(rows.values())).shape[2:]
+    cell_width = 0.95 * min(max(width / height, 1), 4)  # inches
+    cell_height = 0.95 * min(max(height / width, 1), 4)
+    figure = new_figure(cell_width * len(titles), cell_height * len(rows) + 0.3)
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for row_axes, (name, row) in zip(axes, rows.items()):
@@ -3272,6 +3357,8 @@ class Parser(argparse.ArgumentParser):
         if name == "prompt":
             metavar = "TEXT"
         options = dict(type=kind, choices=choices, metavar=metavar, help=meaning)
+        if name == "image_size":
+            options |= dict(type=simplest_size, metavar="SIZE")
         if is_tuple:
             options["nargs"] = "+"
         if name == "resume":

@@ -212,7 +212,7 @@ def pick(images, rows, config):
 def to_vectors(pixels, device):
     """Images (n, C, H, W) uint8 as vectors (n, D) whose distance is the root mean square difference
     in grey levels; images of more than 64 pixels are averaged down to that."""
-    size = min(64, pixels.shape[-1])
+    size = [min(64, side) for side in pixels.shape[2:]]
     parts = []
     for part in pixels.split(64):
         centred = part.to(device).float() - 127.5
@@ -435,7 +435,8 @@ class Setup:
     def num_values(self):
         """Values of an image; where it has a border, the bound is of the whole, per value inside
         it."""
-        return self.model.image_channels * self.config.image_size**2
+        height, width = ddpm.image_sides(self.config.image_size)
+        return self.model.image_channels * height * width
 
 @dataclasses.dataclass
 class Measured:
@@ -486,11 +487,13 @@ def sample(setup):
     """The samples to measure, uint8 (N, C, H, W), with a progress bar."""
     config = setup.config
     runtime = setup.runtime
-    batches = math.ceil(len(setup.labels) / runtime.world_size / config.sample_batch_size)
-    with tqdm(total=batches * config.sampling_steps, desc="sampling", unit="step", leave=False,
+    num_batches = math.ceil(len(setup.labels) / runtime.world_size / config.sample_batch_size)
+    with tqdm(total=num_batches * config.sampling_steps, desc="sampling", unit="step", leave=False,
               disable=not runtime.is_main) as bar:
-        return ddpm.sample_images(setup.model, setup.diffusion, config, setup.labels,
-                                  runtime.precision, lambda *_: bar.update())
+        batches = ddpm.sample_batches(
+            setup.model, setup.diffusion, config, setup.labels, runtime.precision,
+            ddpm.process_share(len(setup.labels)), lambda *_: bar.update())
+        return ddpm.gather_images([pixels for _, pixels in batches], config, setup.model)
 
 def measure(setup, bpd_timesteps, bpd_images):
     """Measure a Setup, in all processes: `Measured`."""
@@ -524,7 +527,7 @@ def describe(setup, measured):
         features = f"{setup.features_name}; KID +- is the standard deviation over its subsets"
     return dict(
         model=f"{Path(setup.path).resolve()} ({digest}), {weights} weights",
-        images=f"{config.data_path}, {config.image_size}x{config.image_size}: "
+        images=f"{config.data_path}, {ddpm.size_text(config.image_size)}: "
                f"{len(images.train):,} for training, {len(images.validation):,} for validation "
                f"({images.fingerprint})",
         samples=f"{measured.num_samples:,}: {config.sampler}, {config.sampling_steps} steps, "

@@ -81,7 +81,7 @@ def test_the_start_is_the_forward_process(trained, image):
         return torch.zeros_like(x)
 
     spy.class_names, spy.image_channels = model.class_names, 3
-    spy.image_size, spy.parameters = 16, model.parameters
+    spy.image_shape, spy.parameters = model.image_shape, model.parameters
     next(ddpm.generate(spy, diffusion, config, [7], [0], image=x0))
     (x, t), eps = seen[0], ddpm.ImageNoise(config.seed, [7], (3, 16, 16), "cpu")()
     abar = np.prod(1 - ddpm.make_betas(config.schedule, 50).numpy()[:20])

@@ -87,7 +87,7 @@ def multiply_adds(model):
     """Of one more image in the forward pass."""
     costs = []
     for n in (2, 3):
-        x = torch.zeros(n, 3, model.image_size, model.image_size)
+        x = torch.zeros(n, *model.image_shape)
         with FlopCounterMode(display=False) as counter:
             model(x, torch.zeros(n, dtype=torch.int64))
         costs.append(counter.get_total_flops() // 2)
@@ -154,7 +154,7 @@ def test_the_unet_of_a_preset_has_as_many_parameters_as_diffusers_would(name):
     c, labels = ddpm.preset(name), ["a", "b", "c"]
     ours = ddpm.build_model(c, 3, labels)
     widths = [c.channels * m for m in c.channel_mults]
-    sides = ddpm.stage_sides(c)
+    sides = ddpm.stage_heights(c)
     at = [c.attention != "none" and side in (c.attention_at or sides[-2:]) for side in sides]
     kinds = ["Attn" if there else "" for there in at]
     theirs = diffusers.UNet2DModel(
