@@ -118,6 +118,7 @@ def test_every_preset_trains_a_step_and_samples_as_it_is(
     assert grid.size[1] == side * max(1, 64 // side) + 4
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "name, settings",
     [
@@ -233,6 +234,7 @@ def test_presets_have_the_published_settings(name, settings):
     assert {key: getattr(config, key) for key in settings} == settings
 
 
+@pytest.mark.quick
 def test_a_preset_is_overridden_by_flags_and_a_length_replaces_the_other():
     config = ddpm.preset("cifar10_resnet18", steps=10, lr=0.5)
     assert (config.steps, config.epochs, config.lr, config.batch_size) == (10, None, 0.5, 10)
@@ -242,6 +244,7 @@ def test_a_preset_is_overridden_by_flags_and_a_length_replaces_the_other():
         ddpm.preset("zoo")
 
 
+@pytest.mark.quick
 def test_dashes_and_underscores_are_alike(train, tmp_path):
     assert (
         train("--batch-size 2 --no-hflip --channel-mults 1 2 2 --attention_at=8 --ema-decay=0.5")
@@ -299,6 +302,7 @@ def grid_of(path):
     return np.asarray(Image.open(path))
 
 
+@pytest.mark.quick
 def test_sampling_writes_the_grid_the_trajectory_and_their_settings(
     sample, trained, tmp_path, capsys
 ):
@@ -386,6 +390,7 @@ def test_images_and_seeds_differ(trained, tmp_path, quick_plots):
     assert len(torch.cat([a, b]).flatten(1).unique(dim=0)) == 10
 
 
+@pytest.mark.quick
 def test_the_flag_no_ema_samples_with_the_plain_weights(trained, tmp_path, quick_plots):
     assert not torch.equal(
         sample_tiny(trained, tmp_path), sample_tiny(trained, tmp_path, ema=False)
@@ -403,6 +408,7 @@ def decided(trained, tmp_path_factory):
     return path
 
 
+@pytest.mark.quick
 def test_classes_are_sampled_in_turn_or_as_chosen(decided, tmp_path, quick_plots):
     """Image 1 of all classes in turn is of class 1, as it is when only that class is sampled."""
     everything = sample_tiny(decided, tmp_path, num_samples=6)
@@ -416,6 +422,7 @@ def test_classes_are_sampled_in_turn_or_as_chosen(decided, tmp_path, quick_plots
     ]
 
 
+@pytest.mark.quick
 def test_guidance_changes_the_images(decided, tmp_path, quick_plots):
     assert (
         sample_tiny(decided, tmp_path) - sample_tiny(decided, tmp_path, guidance=4.0)
@@ -455,6 +462,7 @@ def test_a_model_without_classes_refuses_flags_for_classes(train, main, tmp_path
     assert "without classes" in capsys.readouterr().err
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "flag, value, was",
     [

@@ -45,6 +45,7 @@ def flat(mode, colour, size=(16, 16)):
 # ---- which files
 
 
+@pytest.mark.quick
 def test_a_flat_folder_has_no_classes(tmp_path):
     for i in range(3):
         flat("RGB", (i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -56,6 +57,7 @@ def test_a_flat_folder_has_no_classes(tmp_path):
     )
 
 
+@pytest.mark.quick
 def test_sub_folders_are_classes_in_alphabetical_order(image_folder, tmp_path):
     images = load(image_folder, download_dir=str(tmp_path))
     assert images.class_names == ["disc", "square", "stripes"]
@@ -75,6 +77,7 @@ def test_classes_are_used_only_when_wanted(image_folder, tmp_path, more, expecte
     assert len(load(image_folder, download_dir=str(tmp_path), **more).class_names) == expected
 
 
+@pytest.mark.quick
 def test_suffixes_count_in_any_case_and_other_files_and_dotfiles_do_not(tmp_path):
     for name in (
         "a.png",
@@ -101,6 +104,7 @@ def test_no_folder_is_an_error(tmp_path):
         load(tmp_path / "nowhere")
 
 
+@pytest.mark.quick
 def test_a_folder_without_images_is_an_error_that_says_what_it_holds(tmp_path):
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text("")
@@ -263,6 +267,7 @@ def test_an_image_keeps_its_colours_in_every_format(tmp_path, suffix):
     np.testing.assert_allclose(pixels.transpose(1, 2, 0).reshape(-1, 3), [colours] * 256, atol=4)
 
 
+@pytest.mark.quick
 def test_grey_images_make_a_model_of_one_channel(tmp_path):
     flat("L", 77).save(tmp_path / "p.png")
     assert (one(tmp_path) == 77).all() and one(tmp_path).shape == (1, 16, 16)
@@ -279,6 +284,7 @@ def test_one_image_in_colour_makes_all_of_them_colour(tmp_path):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "alpha, expected", [(0, (255, 255, 255)), (255, (200, 0, 100)), (51, (244, 204, 224))]
 )
@@ -318,6 +324,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path, suffix):
     assert pixels.shape[0] == 1 and (pixels == 128).all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "largest, white",
     [
@@ -400,6 +407,7 @@ def test_cmyk_becomes_rgb(tmp_path):
     np.testing.assert_allclose(one(tmp_path)[:, 8, 8], (255, 0, 0), atol=6)
 
 
+@pytest.mark.quick
 def test_the_orientation_in_exif_is_applied(tmp_path):
     """Orientation 6: the camera lay on its side, and the file's left edge is the image's top."""
     image = Image.new("RGB", (16, 16), "blue")
@@ -423,6 +431,7 @@ def test_a_single_pixel_becomes_a_whole_image(tmp_path):
     assert (one(tmp_path) == np.array([9, 8, 7]).reshape(3, 1, 1)).all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("turn", (False, True))
 def test_the_central_square_is_cut_out(tmp_path, turn):
     """Red, green and blue thirds side by side: only the middle one is left."""
@@ -434,6 +443,7 @@ def test_the_central_square_is_cut_out(tmp_path, turn):
     assert (pixels[1] > 250).all() and (pixels[[0, 2]] < 5).all()
 
 
+@pytest.mark.quick
 def test_images_are_resized_with_antialiasing(tmp_path):
     """A fine chequerboard averages to grey; picking pixels would give black or white."""
     board = (np.indices((160, 160)).sum(0) % 2 * 255).astype(np.uint8)
@@ -450,6 +460,7 @@ def test_a_large_jpeg_is_right_at_a_small_size(tmp_path):
     assert np.abs(one(tmp_path)[0].mean(0)[1:9] - ramp[1:9]).max() < 4
 
 
+@pytest.mark.quick
 def test_28_pixels_are_padded_to_32_with_their_border(tmp_path):
     values = np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
     Image.fromarray(values).save(tmp_path / "p.png")
@@ -486,6 +497,7 @@ def test_five_percent_of_unreadable_files_are_too_many(tmp_path, good, unreadabl
         load(folder_with_unreadable(tmp_path / "many", good, unreadable))
 
 
+@pytest.mark.quick
 def test_a_truncated_image_is_unreadable_not_half_grey(tmp_path):
     root = folder_with_unreadable(tmp_path / "cut", 30, 0)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -551,6 +563,7 @@ def test_a_damaged_cache_is_decoded_anew(tmp_path, suffix, n):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.quick
 def test_the_second_start_decodes_nothing(image_folder, tmp_path, monkeypatch):
     load(image_folder, download_dir=str(tmp_path))
     monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("an image was opened"))
@@ -617,6 +630,7 @@ def test_two_starts_at_once_are_both_right(image_folder, tmp_path):
 # ---- batches
 
 
+@pytest.mark.quick
 def test_a_batch_is_a_pure_function_of_the_step(image_folder, tmp_path):
     a, b = (load(image_folder, download_dir=str(tmp_path)) for _ in range(2))
     for step in (5, 0, 11, 5):
@@ -626,6 +640,7 @@ def test_a_batch_is_a_pure_function_of_the_step(image_folder, tmp_path):
     assert not torch.equal(a.batch(0, 4)[0], a.batch(1, 4)[0])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("num_micro_batches", (2, 3, 6))
 def test_the_micro_batches_of_a_batch_together_are_the_batch(
     image_folder, tmp_path, num_micro_batches
@@ -638,6 +653,7 @@ def test_the_micro_batches_of_a_batch_together_are_the_batch(
             assert torch.equal(a, torch.cat(b))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch_size", (1, 5, 7, 24, 40))
 def test_an_epoch_shows_each_image_once_whatever_the_batch(image_folder, tmp_path, batch_size):
     images = load(image_folder, download_dir=str(tmp_path))
@@ -650,6 +666,7 @@ def test_an_epoch_shows_each_image_once_whatever_the_batch(image_folder, tmp_pat
     assert not torch.equal(epochs[0], epochs[1]), "each epoch has an order of its own"
 
 
+@pytest.mark.quick
 def test_labels_stay_with_their_images(image_folder, tmp_path):
     images = load(image_folder, download_dir=str(tmp_path))
     for step in range(6):
@@ -658,6 +675,7 @@ def test_labels_stay_with_their_images(image_folder, tmp_path):
             assert label == row // 8
 
 
+@pytest.mark.quick
 def test_images_are_in_the_range_of_the_network(image_folder, tmp_path):
     x, _ = load(image_folder, download_dir=str(tmp_path)).batch(0, 24)
     assert x.dtype == torch.float32 and -1 <= x.min() < -0.9 and 0.9 < x.max() <= 1
@@ -669,6 +687,7 @@ def test_one_image_is_enough(tmp_path):
     assert x.shape == (5, 3, 16, 16) and y.tolist() == [-1] * 5
 
 
+@pytest.mark.quick
 def test_mirroring_is_decided_for_each_image_by_torchs_generator(image_folder, tmp_path):
     plain = load(image_folder, download_dir=str(tmp_path)).batch(0, 24)[0]
     images, mirrored = load(image_folder, download_dir=str(tmp_path), hflip=True), 0
@@ -685,6 +704,7 @@ def test_mirroring_is_decided_for_each_image_by_torchs_generator(image_folder, t
     assert abs(mirrored - 0.5) < 0.1
 
 
+@pytest.mark.quick
 def test_the_validation_images_are_kept_out_and_stay_the_same(image_folder, tmp_path):
     first, again, other = (
         load(image_folder, download_dir=str(tmp_path), holdout=0.25, seed=s) for s in (0, 0, 1)

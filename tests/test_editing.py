@@ -69,6 +69,7 @@ def test_strength_is_the_fraction_of_the_trajectory_and_of_the_steps(trained, im
     assert steps == [19, 14, 9, 4]  # T = 50: the first 20 levels, in 4 of the 10 steps
 
 
+@pytest.mark.quick
 def test_the_start_is_the_forward_process(trained, image):
     """What the sampler is given is sqrt(abar) x0 + sqrt(1 - abar) eps at the level it starts
     from."""
@@ -89,6 +90,7 @@ def test_the_start_is_the_forward_process(trained, image):
     assert torch.allclose(x, np.sqrt(abar) * x0 + np.sqrt(1 - abar) * eps, atol=1e-5)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
 def test_known_pixels_are_exact_and_the_others_are_sampled(sample, image, mask, sampler):
     pixels, known = sample(init_image=image, mask=mask, sampler=sampler), original(image)
@@ -104,6 +106,7 @@ def test_a_mask_is_read_in_every_mode(sample, image, mask, tmp_path):
         assert torch.equal(sample(init_image=image, mask=str(tmp_path / "other.png")), want), mode
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
 def test_both_ends_of_an_interpolation_are_the_images_of_the_seeds(sample, sampler):
     strip = sample(interpolate=5, sampler=sampler, classes="square")

@@ -49,6 +49,7 @@ def test_unet_equals_diffusers_unet_with_the_same_weights(
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_upsampling_is_nearest_neighbours_and_a_convolution(side):
     upsample = ddpm.Upsample(6).double()
@@ -65,6 +66,7 @@ def test_the_cifar10_network_has_the_parameters_of_the_paper():
     assert sum(p.numel() for p in model.parameters()) == 35_746_307
 
 
+@pytest.mark.quick
 def test_weight_initialisation_is_that_of_the_papers_code():
     """Uniform, of variance 2 / (inputs + outputs); zero what ends a block, attention and the
     network. There q, k and v are a layer each."""
@@ -268,6 +270,7 @@ def build(make, channels=3, classes=0):
     return make(channels, num_classes=classes)
 
 
+@pytest.mark.quick
 @every_network
 @pytest.mark.parametrize("classes", (0, 1, 2, 7))
 @pytest.mark.parametrize("channels", (1, 3))
@@ -284,6 +287,7 @@ def test_images_need_not_be_square(make):
     assert build(make)(torch.randn(1, 3, 32, 16), torch.tensor([5])).shape == (1, 3, 32, 16)
 
 
+@pytest.mark.quick
 @every_network
 def test_labels_matter_and_no_label_is_minus_one(make):
     model, x, t = build(make, classes=3).eval(), torch.randn(1, 3, 32, 32), torch.tensor([300])
@@ -300,6 +304,7 @@ def test_labels_matter_and_no_label_is_minus_one(make):
             )
 
 
+@pytest.mark.quick
 @every_network
 def test_each_image_of_a_batch_is_computed_by_itself(make):
     model, x = randomise(build(make, classes=2), scale=0.05).eval(), torch.randn(3, 3, 32, 32)
@@ -310,6 +315,7 @@ def test_each_image_of_a_batch_is_computed_by_itself(make):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4 * together.abs().max().item())
 
 
+@pytest.mark.quick
 @every_network
 def test_the_timestep_matters(make):
     model, x = randomise(build(make), scale=0.05).eval(), torch.randn(1, 3, 32, 32)
@@ -318,6 +324,7 @@ def test_the_timestep_matters(make):
     assert all((a - b).abs().max() > 1e-5 * a.abs().max() for a, b in zip(said, said[1:]))
 
 
+@pytest.mark.quick
 @every_network
 def test_the_gradient_reaches_every_parameter(make):
     model = randomise(build(make, classes=2), scale=0.05).train()
@@ -331,6 +338,7 @@ def test_the_gradient_reaches_every_parameter(make):
     assert not dead
 
 
+@pytest.mark.quick
 @every_network
 def test_bf16_is_fp32_within_its_rounding(make):
     """bf16 keeps 8 bits, a relative 0.4 %; no more than a few times that is left of all layers."""

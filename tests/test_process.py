@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 import ddpm
 
+pytestmark = pytest.mark.quick
+
 SCHEDULES = ("linear", "cosine", "quadratic", "exponential", "sigmoid")
 PREDICTIONS = ("eps", "x0", "v")
 

@@ -55,6 +55,7 @@ def set_steps(folder):
 # ---- one name for one thing
 
 
+@pytest.mark.quick
 def test_models_whose_names_differ_after_a_dot_have_folders_of_their_own(train):
     for seed, name in enumerate(("lr0.001", "lr0.01")):
         assert train("--model_path", f"m/{name}", "--steps 3 --seed", seed) == 0
@@ -124,6 +125,7 @@ def another_process_holds(path):
             process.kill()
 
 
+@pytest.mark.quick
 def test_a_run_is_refused_while_another_writes_to_its_places(train, capsys):
     assert train() == 0
     with another_process_holds("run/.model.pt.lock") as other:
@@ -303,6 +305,7 @@ def test_images_that_were_moved_are_accepted_and_others_are_not(train, own_image
     assert "was trained on other data" in the_error(capsys)
 
 
+@pytest.mark.quick
 def test_a_copied_folder_is_resumed_in_the_copy(train):
     assert train() == 0
     before = tree("run")

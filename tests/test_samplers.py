@@ -12,6 +12,8 @@ from conftest import randomise
 
 import ddpm
 
+pytestmark = pytest.mark.quick
+
 LINEAR = np.linspace(1e-4, 0.02, 1000)
 STEPS = (1, 2, 3, 7, 10, 50, 100)
 

@@ -122,6 +122,7 @@ def test_the_comparison_of_checkpoints_can_fail(train, tmp_path):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "more",
     [
@@ -203,6 +204,7 @@ def test_metrics_continue_after_a_resume_without_a_gap_or_a_repeat(train, tmp_pa
 # ---- the EMA weights
 
 
+@pytest.mark.quick
 def test_the_first_ema_updates_by_hand(train, tmp_path):
     """After n updates e <- d e + (1 - d) w with d = min(decay, (1 + n) / (10 + n))."""
     assert train("--steps 4 --save_every 1 --keep_last 9 --ema_decay 0.2 --lr 1e-2") == 0
@@ -217,6 +219,7 @@ def test_the_first_ema_updates_by_hand(train, tmp_path):
     assert (1 + 1) / (10 + 1) < 0.2 < (1 + 2) / (10 + 2), "both arms of the minimum are seen"
 
 
+@pytest.mark.quick
 def test_update_ema_averages_float_buffers_and_copies_integer_ones():
     """At n = 0 the decay is 1/10."""
     model = randomise(ddpm.SimpleUNet(1, 4))
@@ -236,6 +239,7 @@ def test_update_ema_averages_float_buffers_and_copies_integer_ones():
     assert any("running_mean" in k and not torch.equal(after[k], before[k]) for k in after)
 
 
+@pytest.mark.quick
 def test_orthogonalize_is_the_newton_schulz_iteration_on_the_matrix_itself():
     for shape in ((24, 90), (90, 24), (16, 16)):
         g = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
@@ -249,6 +253,7 @@ def test_orthogonalize_is_the_newton_schulz_iteration_on_the_matrix_itself():
         assert values.max() < 1.3 and values[:-1].min() > 0.5, "the last of a square one is small"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(24, 15, 2, 2), (60, 6, 2, 2)])
 def test_muon_agrees_with_pytorchs_on_a_convolution_as_a_matrix(shape):
     """torch.optim.Muon takes only matrices, and iterates in bfloat16."""
@@ -297,6 +302,7 @@ def test_muon_moves_the_inner_convolutions_and_adamw_the_rest():
     assert set(moved_by_muon) == inner
 
 
+@pytest.mark.quick
 def test_loading_takes_the_ema_weights_unless_it_is_given_ema_false(trained):
     saved = checkpoint(trained)
     assert differences(saved["ema"], saved["weights"])
@@ -478,6 +484,7 @@ def test_two_processes_check_one_batch_and_print_once(two, image_folder, tmp_pat
     assert said.count("dry run ") == 1 and not (tmp_path / "run" / "model.pt").exists()
 
 
+@pytest.mark.quick
 def test_accumulation_averages_the_gradients_of_its_micro_batches(
     train, trained, tmp_path, monkeypatch
 ):
@@ -529,12 +536,14 @@ def given_to_loss(train, monkeypatch):
     return run
 
 
+@pytest.mark.quick
 def test_every_timestep_is_trained_both_ends_too(given_to_loss):
     _, t, _, _ = given_to_loss("--timesteps 10 --steps 10 --batch_size 48")
     counts = torch.bincount(t, minlength=10)
     assert len(counts) == 10 and counts.min() > 20 and counts.max() < 90, counts
 
 
+@pytest.mark.quick
 def test_labels_are_hidden_one_image_at_a_time(given_to_loss):
     _, _, _, y = given_to_loss("--label_dropout 0.5 --steps 10 --batch_size 48")
     hidden = (y == -1).reshape(10, 48).float().mean(1)
@@ -596,6 +605,7 @@ def test_progress_of_minutes_is_the_elapsed_fraction(image_folder, tmp_path):
     assert type(state.progress()) is float, "processes exchange it: all must have one type"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "schedule, expected", [("constant", [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]), ("cosine", None)]
 )
@@ -747,6 +757,7 @@ def test_a_network_of_another_shape_is_refused():
         d.loss(lambda x, t, y: x[:, :1], x0, t, x0)
 
 
+@pytest.mark.quick
 def test_the_grid_of_the_data_shows_the_training_images(train, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -758,6 +769,7 @@ def test_the_grid_of_the_data_shows_the_training_images(train, tmp_path):
     assert colours == {(60 * i, 10, 200) for i in range(4)} | {(255, 255, 255)}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("keep, expected", [(1, [7]), (2, [6, 7]), (3, [4, 6, 7])])
 def test_the_last_checkpoints_are_kept_and_no_others(train, tmp_path, keep, expected):
     assert train("--steps 7 --save_every 2 --keep_last", keep) == 0
@@ -1027,6 +1039,7 @@ def fail_from_step(monkeypatch, number, value):
     monkeypatch.setattr(ddpm.Diffusion, "loss", loss)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 @pytest.mark.parametrize("log_every", ("1", "100"))
 def test_a_loss_that_is_not_finite_stops_and_spoils_no_file(
@@ -1129,6 +1142,7 @@ class Unpicklable:
         raise RuntimeError("half way")
 
 
+@pytest.mark.quick
 def test_a_write_that_fails_leaves_the_directory_as_it_was(tmp_path):
     target = tmp_path / "model.pt"
     for existing in (None, b"good"):
@@ -1158,6 +1172,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_good_files(
     assert train("--resume --steps 4") == 0
 
 
+@pytest.mark.quick
 def test_a_checkpoint_that_runs_code_is_refused(trained, tmp_path):
     torch.save(checkpoint(trained) | {"extra": Malicious(tmp_path / "pwned")}, tmp_path / "bad.pt")
     with pytest.raises(ddpm.UserError, match="cannot be read safely"):
