@@ -1,49 +1,95 @@
-"""The notebook runs from top to bottom and shows its images."""
+"""The notebook runs from top to bottom, shows its images, and its answers are right."""
 
 import base64
 import io
 import os
+import re
 
 import nbclient
 import nbformat
 import numpy as np
+import pytest
 from conftest import ROOT
 from PIL import Image
 
-SHOWN = ("predicted", "trajectory", "ddpm", "fewer")
+NOTEBOOK = ROOT / "test_single_sample.ipynb"
+SHOWN = ("schedule", "images", "forward", "predicted", "trajectory", "steps", "guidance", "training")
+ANSWERS = ("exercise_1", "exercise_2", "exercise_3")
+
+
+def outputs_of(notebook):
+    """All outputs, in order; no cell may have failed or written to the error stream."""
+    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    return outputs
 
 
 def images_of(notebook):
-    """The PNGs among the outputs, in order; no cell may have failed or written to the error
-    stream."""
-    outputs = [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs]
-    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    shown = [o["data"]["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    """The PNGs among the outputs, in order."""
+    shown = [o["data"]["image/png"] for o in outputs_of(notebook) if "image/png" in o.get("data", {})]
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("L")) for png in shown]
 
 
-def looks_right(images):
-    assert len(images) == len(SHOWN)
+def text_of(notebook):
+    return "".join(o["text"] for o in outputs_of(notebook) if o.output_type == "stream")
+
+
+def looks_right(images, names=SHOWN):
+    assert len(images) == len(names)
     for pixels in images:
-        assert pixels.shape[0] > 100 and pixels.shape[1] > 400
+        assert pixels.shape[0] > 100 and pixels.shape[1] > 150
         assert pixels.std() > 20, "a blank image"
 
 
+def learns(notebook):
+    """The text says that the loss on new images fell to less than a half."""
+    [(before, after)] = re.findall(r"new images: ([\d.]+) before, ([\d.]+) after", text_of(notebook))
+    assert float(after) < 0.5 * float(before)
+
+
+def execute(notebook, folder):
+    place = {"metadata": {"path": str(folder)}}
+    client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place)
+    client.execute()
+
+
 def test_it_is_stored_with_its_images_and_names_no_machine():
-    notebook = nbformat.read(ROOT / "test_single_sample.ipynb", as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     looks_right(images_of(notebook))
-    assert str(ROOT) not in (ROOT / "test_single_sample.ipynb").read_text()
+    learns(notebook)
+    assert str(ROOT) not in NOTEBOOK.read_text()
+    assert NOTEBOOK.stat().st_size <= 500_000
 
 
 def test_it_runs_and_makes_its_images(tmp_path, monkeypatch):
+    """And so do the folded answers to its exercises, after it."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(ROOT / "test_single_sample.ipynb", as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
-    place = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
-    looks_right(images_of(notebook))
-    assert {p.stem for p in tmp_path.glob("samples/notebook/*.png")} == {*SHOWN}
+    folded = "".join(re.findall("<details>.*?</details>", notebook.cells[-1].source, re.S))
+    answers = re.findall("```python\n(.*?)```", folded, re.S)
+    notebook.cells += [nbformat.v4.new_code_cell(answer) for answer in answers]
+    execute(notebook, tmp_path)
+    looks_right(images_of(notebook), SHOWN + ANSWERS)
+    learns(notebook)
+    written = {p.stem for p in tmp_path.glob("samples/notebook/*.png")}
+    assert written == {*SHOWN, *ANSWERS}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone, so nothing to clone from")
+def test_its_first_cell_fetches_the_program_where_it_is_not(tmp_path, monkeypatch):
+    """As on Colab: an empty folder, and nothing but the notebook."""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # the requirements are installed here
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    first = next(c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code")
+    assert first.source.count('"URL"') == 1
+    fetch = first.source.replace('"URL"', f'"file://{ROOT}"')
+    use = "import ddpm\nprint(ddpm.__file__)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (fetch, use)])
+    execute(notebook, tmp_path)
+    assert str(tmp_path / "ddpm.py" / "ddpm.py") in text_of(notebook)
