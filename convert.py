@@ -241,12 +241,12 @@ def read_unet(given, **settings):
     compare(first, (), UNET, in_channels=[1, 3])
     widths = given["block_out_channels"]
     size = given["sample_size"]
-    height, width = size if isinstance(size, list) else (int(size), int(size))
+    height, width = size if isinstance(size, list) else (size, size)
     kinds = given["down_block_types"]
     stages = [i for i, kind in enumerate(kinds) if kind == "AttnDownBlock2D"]  # with attention
     config = ddpm.override(
         ddpm.Config(),
-        image_size=f"{width}x{height}",
+        image_size=f"{width:d}x{height:d}",
         patch=1,
         channels=widths[0],
         res_blocks=given["layers_per_block"],

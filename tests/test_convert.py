@@ -624,7 +624,7 @@ REFUSED = {
     "odd width": (option(UNET, "block_out_channels", [7, 14, 14, 14]), "even"),
     "no size": (option(UNET, "sample_size", None), "settings"),
     "size in words": (option(UNET, "sample_size", "32"), "settings"),
-    "oblong": (option(UNET, "sample_size", [32, 64]), "sample_size"),
+    "three sides": (option(UNET, "sample_size", [32, 32, 32]), "settings"),
     "size that does not halve": (option(UNET, "sample_size", 20), "20 must be divisible by 8"),
     "padded size": (option(UNET, "sample_size", 28), "sample_size"),
     "no widths": (option(UNET, "block_out_channels", []), "settings"),
