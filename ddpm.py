@@ -225,8 +225,9 @@ def simplest_size(image_size):
 def image_sides(image_size):
     """(height, width) of images of this --image_size."""
     sides = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", str(image_size))
-    require(sides, f"--image_size {image_size}: give a number of pixels for squares, or "
-            "WIDTHxHEIGHT, as in 96x64.")
+    limits = FIELDS["image_size"].metadata
+    require(sides, f"--image_size {image_size}: give {limits['low']} to {limits['high']} or, for "
+            "other shapes than squares, WIDTHxHEIGHT, as in 96x64.")
     width, height = sides.groups()
     return int(height or width), int(width)
 
@@ -388,9 +389,9 @@ def warn_of_unused(config, given):
 def check_network(config):
     require(config.channel_mults, "--channel_mults is empty: give a number per stage, as in 1 2 2.")
     stride = total_stride(config)
-    sizes = nearest_sizes(config, *image_sides(config.image_size))
-    remedy = " or ".join(map(str, sizes)) or "fewer --channel_mults"
-    require(config.image_size in sizes,
+    nearest = nearest_sizes(config, *image_sides(config.image_size))
+    remedy = " or ".join(map(str, nearest)) or "fewer --channel_mults"
+    require(all(side % stride == 0 for side in padded_sides(config.image_size)),
             f"--image_size {config.image_size} must be divisible by {stride}: use {remedy}.")
     require(config.channels % 2 == 0 or config.arch == "resnet18",
             f"--channels {config.channels} must be even: half sines, half cosines.")
@@ -415,7 +416,8 @@ def nearest_sizes(config, height, width):
     """The --image_size next below and above a height and a width that the network can take."""
     stride = total_stride(config)
     limits = FIELDS["image_size"].metadata
-    fitting = [n for n in range(limits["low"], limits["high"] + 1) if padded(n) % stride == 0]
+    sides = range(limits["low"], limits["high"] + 1)
+    fitting = [n for n in sides if n % stride == padded(n) % stride == 0]
 
     def nearest(side):
         return [n for n in fitting if n <= side][-1:] + [n for n in fitting if n >= side][:1]

@@ -99,14 +99,15 @@ def test_one_number_is_a_square_however_it_is_written():
         ("--image_size 64 --patch 16 --channel_mults 1 1 1 1 1 1 1 1", "use fewer --channel_mults"),
         ("--image_size 64x4", "--image_size 4 is out of range: give 8 to 1024"),
         ("--image_size 2048x64", "--image_size 2048 is out of range: give 8 to 1024"),
-        ("--image_size 64x", "--image_size 64x: give a number of pixels for squares, or WIDTHxH"),
-        ("--image_size 64,32", "--image_size 64,32: give a number"),
-        ("--image_size wide", "--image_size wide: give a number"),
-        ("--image_size 64x32x3", "--image_size 64x32x3: give a number"),
+        ("--image_size 64x", "--image_size 64x: give 8 to 1024 or, for other shapes than squares, "
+         "WIDTHxHEIGHT, as in 96x64."),
+        ("--image_size 64,32", "--image_size 64,32: give 8 to 1024"),
+        ("--image_size wide", "--image_size wide: give 8 to 1024"),
+        ("--image_size 64x32x3", "--image_size 64x32x3: give 8 to 1024"),
         ("--image_size 96x64 --attention_at 48", "the stages have heights 32 16 8 4"),
         ("--resize bend", "invalid choice: 'bend'"),
     ],
-)
+)  # fmt: skip
 def test_a_size_that_does_not_work_is_refused_with_those_that_do(capsys, flags, expected):
     assert exit_code(ddpm.main, "--mode train", flags) in (1, 2)
     assert expected in capsys.readouterr().err
