@@ -6,8 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
+import pictures
 import pytest
+import torch
 from conftest import ROOT, TINY, words
+from PIL import Image
 
 import ddpm
 
@@ -170,3 +173,30 @@ def test_links_and_images_lead_somewhere(page):
         assert file.exists(), f"{page.name} links to {target}"
         if anchor:
             assert anchor in anchors(file.read_text()), f"{page.name} links to {target}"
+
+
+# -------------------------------------------------------------------------------------- pictures
+
+
+def test_every_picture_is_shown_and_small_enough():
+    """No link to a picture that is not there, no picture that no page shows, none that is heavy."""
+    shown = set()
+    for page in PAGES:
+        links = re.findall(r"!\[[^]]*\]\(([^)]+)\)|<img src=\"([^\"]+)\"", page.read_text())
+        shown |= {page.parent / (link or source) for link, source in links}
+    present = {path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".gif")}
+    assert shown == present
+    heavy = {path.name: path.stat().st_size for path in present if path.stat().st_size > 330_000}
+    assert not heavy
+
+
+def test_the_script_for_pictures_knows_the_pictures_of_the_pages():
+    written = {path.stem for path in (ROOT / "docs").glob("*.*") if path.suffix != ".md"}
+    assert set(pictures.PICTURES) - {"clothes"} <= written
+
+
+def test_a_grid_of_a_run_is_taken_apart(tmp_path):
+    """`tiles` of what `ddpm.save_grid` writes gives the images of the first row."""
+    pixels = torch.randint(256, (10, 3, 64, 64), dtype=torch.uint8)
+    grid = Image.open(ddpm.save_grid(pixels, tmp_path / "grid.png", 5))
+    assert (ddpm.to_pixels(pictures.tiles(grid, 64)) == pixels[:5]).all()
