@@ -71,10 +71,14 @@ def the_error(capsys):
 # ---- kill -9
 
 
-def test_kill_nine_at_any_moment_loses_nothing(request, image_folder, record_property):
+@pytest.mark.parametrize("num_runs, kills, slow_kills", [(1, 6, 120), (2, 3, 40)])
+def test_kill_nine_at_any_moment_loses_nothing(
+    request, image_folder, record_property, num_runs, kills, slow_kills
+):
     """After every kill all checkpoints load and none is lost; the end is that of an uninterrupted
-    run."""
-    kills = 120 if request.config.getoption("--slow") else 6
+    run. Two runs in one folder never write to each other's files."""
+    if request.config.getoption("--slow"):
+        kills = slow_kills
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a kill spares the page cache
     flags = words(
         TINY,
@@ -89,6 +93,7 @@ def test_kill_nine_at_any_moment_loses_nothing(request, image_folder, record_pro
             str(HERE / "tools" / "killer.py"),
             str(kills),
             "0",
+            str(num_runs),
             folder,
             *flags,
         ]
@@ -100,13 +105,12 @@ def test_kill_nine_at_any_moment_loses_nothing(request, image_folder, record_pro
     report = json.loads(result.stdout)
     record_property("kills", report)
     print(report)
-    assert report["killed"] == kills == sum(report["places"].values())
+    assert report["killed"] == sum(report["places"].values()) >= kills
     assert len(report["places"]) >= min(kills // 2, 6), (
         "kills inside a save as well as at random moments"
     )
-    assert (
-        report["finished"] == report["equal"] >= 1 and report["halves"] > 0 and report["left"] == []
-    )
+    assert report["finished"] == report["equal"] >= num_runs and report["halves"] > 0
+    assert report["left"] == [] and report["foreign"] == []
 
 
 # ---- no room, no right, no folder
@@ -695,7 +699,7 @@ def cached(image_folder, tmp_path):
 
     assert torch.equal(load(), right)
     (pixels,), (reasons,) = (
-        list((tmp_path / "d" / "decoded").glob(f"*.{kind}")) for kind in ("npy", "json")
+        list((tmp_path / "d" / ".decoded").glob(f"*.{kind}")) for kind in ("npy", "json")
     )
     return load, right, pixels, reasons
 

@@ -1,8 +1,10 @@
 """Kills training with SIGKILL again and again and resumes it: test_safety.py runs it as a program
 of its own.
 
-    python killer.py KILLS SEED FOLDER FLAG...   prints JSON: how many kills, where, what came of it
+    python killer.py KILLS SEED RUNS FOLDER FLAG...   prints JSON: how many kills, where, what came
+    of it, and which files of one run another has written to
 
+RUNS is 1, or 2 for two models that are trained at the same time in one folder, from the same images.
 It imports ddpm once and forks a process for every start of the command line, so that a start takes
 a fraction of a second. Half of the kills come from here at a random moment; the other half a
 process sends to itself at a named place inside a save."""
@@ -30,20 +32,18 @@ import ddpm
 # rotation.
 PLACES = ("bytes", "fsync", "rename", "renamed", "model", "rotation")
 
-
-FLAGS = (
-    os.WEXITED | os.WNOHANG | os.WNOWAIT
-)  # look whether a process has ended, and leave it as it is
+NAMES = ("run", "run.pt.other")  # of the models, less .pt: one begins as files of the other do
 
 
-def start(argv, log):
-    """Fork a process that runs the command line; its number."""
+def start(argv, run):
+    """Fork a process that runs the command line for a Run; its number."""
     pid = os.fork()
     if pid:
         return pid
     code = 99
     try:
-        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        watch(run.name, run.folder, run.folder.with_name("foreign"))
+        sink = os.open(run.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(sink, 1)
         os.dup2(sink, 2)
         code = ddpm.main(argv)
@@ -115,12 +115,29 @@ def arm(place, rng):
     )
 
 
-def steps_of(folder):
-    """The step checkpoints of the run, all of which have to be loadable: {step: checkpoint}."""
-    found = {}
-    for file in sorted((folder / "model.pt_steps").glob("step_*.pt")):
-        found[int(file.stem[5:])] = ddpm.read_checkpoint(file)
-    return found
+def watch(owner, folder, log):
+    """Note in a file what this process writes to below the folder that is another run's."""
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+    def hook(event, args):
+        paths = args[:1] if event in ("open", "os.remove", "os.rmdir", "os.utime") else ()
+        if event == "open" and not args[2] & writing:
+            return
+        for path in args[:2] if event == "os.rename" else paths:
+            if isinstance(path, str | os.PathLike) and owner_of(path, folder) not in (owner, None):
+                with open(log, "a") as file:
+                    print(owner, event, path, file=file)
+
+    sys.addaudithook(hook)
+
+
+def owner_of(path, folder):
+    """Which run a path is of, by its name; None: of none."""
+    path = Path(os.path.abspath(path))
+    if not path.is_relative_to(folder) or path == folder:
+        return None
+    top = path.relative_to(folder).parts[0].lstrip(".")
+    return max((name for name in NAMES if top.startswith(name)), key=len, default=None)
 
 
 def state(checkpoint):
@@ -135,73 +152,120 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def finish(argv, folder, log):
-    """Run to the end; the last state, and the seconds that it took."""
-    start_time = time.monotonic()
-    _, status = os.waitpid(start(argv, log), 0)
-    assert os.waitstatus_to_exitcode(status) == 0, Path(log).read_text()
-    return state(steps_of(folder)[max(steps_of(folder))]), time.monotonic() - start_time
+class Run:
+    """A training in a folder that others are in too."""
+
+    def __init__(self, folder, name, flags):
+        self.folder = folder
+        self.name = name
+        self.flags = flags
+        self.log = str(folder.with_name(f"{name}.log"))
+        self.pid = None
+
+    def steps(self):
+        """Its step checkpoints, all of which have to be loadable: {step: checkpoint}."""
+        files = sorted((self.folder / f"{self.name}.pt_steps").glob("step_*.pt"))
+        return {int(file.stem[5:]): ddpm.read_checkpoint(file) for file in files}
+
+    def files(self):
+        return [path for path in self.folder.iterdir() if owner_of(path, self.folder) == self.name]
+
+    def halves(self):
+        """Files of checkpoints that are half written."""
+        files = [file for top in self.files() for file in (top, *top.rglob(".*"))]
+        return [str(file) for file in files if ".pt." in file.name and file.suffix == ".tmp"]
+
+    def start(self, place="moment", rng=None):
+        """Begin, or go on; it kills itself at that place unless that is a moment."""
+        self.place = place
+        self.before = max(self.steps(), default=0)
+        places = f"--model_path {self.folder / self.name}.pt --samples_dir {self.folder / self.name}_samples"
+        argv = ["--mode", "train", *(["--resume"] if self.before else self.flags), *places.split()]
+        kept = os.replace, os.fsync, Path.unlink, torch.save
+        if place != "moment":
+            arm(place, rng)
+        self.pid = start(argv, self)
+        os.replace, os.fsync, Path.unlink, torch.save = kept
+        self.started = time.monotonic()
+
+    def wait(self, options=0):
+        """Its exit code, None while it runs (with os.WNOHANG)."""
+        pid, status = os.waitpid(self.pid, options)
+        if not pid:
+            return None
+        code = os.waitstatus_to_exitcode(status)
+        assert code in (-signal.SIGKILL, 0), Path(self.log).read_text()
+        assert max(self.steps(), default=0) >= self.before, "a step that was safe is gone"
+        if (self.folder / f"{self.name}.pt").exists():
+            ddpm.load_model(self.folder / f"{self.name}.pt")
+        return code
+
+    def end(self):
+        """Its last state, and the steps in its metrics.jsonl."""
+        found = self.steps()
+        lines = (self.folder / f"{self.name}_samples" / "metrics.jsonl").read_text().splitlines()
+        rows = [row["step"] for row in map(json.loads, lines[1:]) if "loss" in row]
+        return [state(found[max(found)]), rows]
+
+    def remove(self):
+        for path in self.files():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def main(kills, seed, folder, flags):
-    rng, folder = np.random.default_rng(seed), Path(folder)
+def main(kills, seed, folder, flags, num_runs):
+    rng, folder = np.random.default_rng(seed), Path(folder).resolve()
     Figure.savefig = lambda self, file, **_: Image.new("L", (1, 1)).save(
         file, "PNG"
     )  # or plots take longest
     torch.set_num_threads(1)
-    log = str(folder / "log")
-
-    def places(name):
-        return [
-            "--model_path",
-            f"{folder}/{name}/model.pt",
-            "--samples_dir",
-            f"{folder}/{name}/samples",
-        ]
-
-    whole, seconds = finish(["--mode", "train", *flags, *places("whole")], folder / "whole", log)
-    run, report = (
-        folder / "run",
-        dict(killed=0, finished=0, equal=0, halves=0, started=0, places={}),
-    )
-    while report["killed"] < kills:
-        before = max(steps_of(run), default=0)
-        argv = ["--mode", "train", *(["--resume"] if before else flags), *places("run")]
-        place = "moment" if report["killed"] % 2 else PLACES[report["killed"] // 2 % len(PLACES)]
-        report["started"], start_time = report["started"] + 1, time.monotonic()
-        if place == "moment":
-            until, pid = start_time + rng.uniform(0, seconds), start(argv, log)
-            while time.monotonic() < until and not os.waitid(os.P_PID, pid, FLAGS):
-                time.sleep(0.002)
-            os.kill(pid, signal.SIGKILL)  # of one that has ended it does nothing
-        else:
-            kept = os.replace, os.fsync, Path.unlink, torch.save
-            arm(place, rng)
-            pid = start(argv, log)
-            os.replace, os.fsync, Path.unlink, torch.save = kept
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert code in (-signal.SIGKILL, 0), Path(log).read_text()
-        report["halves"] += any(run.rglob(".*.pt.*.tmp"))
-        found = steps_of(run)  # raises for one that cannot be loaded
-        assert max(found, default=0) >= before, "a step that was safe is gone"
-        if (run / "model.pt").exists():
-            ddpm.load_model(run / "model.pt")
-        if code == 0:  # it came to its end first
-            seconds = min(seconds, time.monotonic() - start_time)
-            report["finished"] += 1
-            report["equal"] += same(state(found[max(found)]), whole)
-            shutil.rmtree(run)
-        else:
-            report["killed"] += 1
-            report["places"][place] = report["places"].get(place, 0) + 1
-    last, _ = finish(
-        ["--mode", "train", *(["--resume"] if steps_of(run) else flags), *places("run")], run, log
-    )
-    report["finished"] += 1
-    report["equal"] += same(last, whole)
-    report["left"] = [str(p) for p in run.rglob("*.pt*.tmp")]
+    flags = [*flags, "--download_dir", str(folder / "data")]
+    (folder / "whole").mkdir()
+    (folder / "runs").mkdir()
+    runs, ends = [], []
+    for i, name in enumerate(NAMES[:num_runs]):
+        own_flags = [*flags, "--seed", str(i)]
+        whole = Run(folder / "whole", name, own_flags)
+        whole.start()
+        assert whole.wait() == 0
+        seconds = (time.monotonic() - whole.started) * num_runs  # they share the processor
+        ends.append(whole.end())
+        runs.append(Run(folder / "runs", name, own_flags))
+    report = dict(killed=0, finished=0, equal=0, halves=0, started=0, places={})
+    while report["killed"] < kills or any(run.pid for run in runs):
+        for run, end in zip(runs, ends):
+            if not run.pid:
+                if report["killed"] < kills:
+                    number = report["started"]
+                    report["started"] += 1
+                    run.start("moment" if number % 2 else PLACES[number // 2 % len(PLACES)], rng)
+                    run.until = run.started + rng.uniform(0, seconds)
+                continue
+            if run.place == "moment" and time.monotonic() > run.until:
+                os.kill(run.pid, signal.SIGKILL)  # of one that has ended it does nothing
+            code = run.wait(os.WNOHANG)
+            if code is None:
+                continue
+            run.pid = None
+            report["halves"] += len(run.halves()) > 0
+            if code == 0:  # it came to its end first
+                report["finished"] += 1
+                report["equal"] += same(run.end(), end)
+                run.remove()
+            else:
+                report["killed"] += 1
+                report["places"][run.place] = report["places"].get(run.place, 0) + 1
+        time.sleep(0.002)
+    for run, end in zip(runs, ends):
+        run.start()
+        assert run.wait() == 0
+        report["finished"] += 1
+        report["equal"] += same(run.end(), end)
+    report["left"] = [half for run in runs for half in run.halves()]
+    foreign = folder / "foreign"
+    report["foreign"] = foreign.read_text().splitlines() if foreign.exists() else []
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    kills, seed, num_runs = map(int, sys.argv[1:4])
+    main(kills, seed, sys.argv[4], sys.argv[5:], num_runs)
