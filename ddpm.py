@@ -86,6 +86,9 @@ def optional(what):
         message = f"warning: {what} failed ({type(e).__name__}: {e}); going on without"
         print(printable(message), file=sys.stderr)
 
+def short_hash(text):
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
+
 def evenly_spaced(items, n):
     """Up to n elements of an array, evenly spaced from the first to the last."""
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
@@ -202,7 +205,8 @@ class Config:
     guidance: float = flag(2.0, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
     ema: bool = flag(True, "sample with the EMA weights", change_on=BOTH)
     individual: str | None = flag(None, "folder for single files", change_on=BOTH, stored=False)
-    gif: bool = flag(False, "also write the reverse process as an animation", change_on=BOTH)
+    gif: bool = flag(False, "also write the reverse process as an animation", change_on=BOTH,
+                     stored=False)
     init_image: str | None = flag(None, "image to start from instead of noise", change_on=BOTH,
                                   stored=False)
     strength: float | None = flag(None, "how far back towards noise (default: 0.5; with --mask 1)",
@@ -376,8 +380,10 @@ def without_effect(config):
         unused["attention_at"] = "--attention none"
     if config.sampler != "ddim":
         unused["eta"] = f"--sampler {config.sampler}"
-    if not config.class_cond:
-        unused |= dict.fromkeys(("label_dropout", "guidance"), "--no_class_cond")
+    if config.guidance == 0:  # 1 is off
+        unused |= dict.fromkeys(("classes", "prompt", "prompts"), "--guidance 0")
+    if config.prompts:
+        unused["prompt"] = "--prompts"
     return unused
 
 def warn_of_unused(config, given):
@@ -1365,18 +1371,31 @@ def choose_images(config, n):
         chosen = np.sort(rng.permutation(chosen)[: config.max_images])
     return chosen
 
+def cache_folder(config):
+    return Path(config.download_dir, ".decoded")  # hidden, and so no class in a folder of images
+
 def decode_cached(config, source, chosen):
     """What `read_cache` returns for the chosen images; decoded first if there is no cache yet."""
-    key = json.dumps(
-        [DECODER_VERSION, config.image_size, config.resize, source.key, chosen.tolist()])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-    cache = Path(config.download_dir, "decoded", f"{digest}.npy")
+    subset_seed = config.seed if config.max_images else None
+    options = [config.image_size, config.resize, config.max_images, subset_seed]
+    origin = short_hash(json.dumps([source.key[0], options]))
+    content = short_hash(json.dumps([DECODER_VERSION, source.key, chosen.tolist()]))
+    cache = cache_folder(config) / f"{origin}-{content}.npy"
     decoded = read_cache(cache)
     if decoded is None:
         decode_all(source, chosen, config, cache)
         decoded = read_cache(cache)
+        remove_old_caches(cache, origin)
     require(decoded, f"{cache} cannot be read back: give another --download_dir.")
     return decoded
+
+def remove_old_caches(cache, origin):
+    """Remove the caches of earlier states of the same folder, and what crashes left of them."""
+    for old in cache.parent.glob(f"{origin}-*"):
+        with contextlib.suppress(OSError):  # Windows does not remove what another run has mapped
+            hours = (time.time() - old.stat().st_mtime) / 3600
+            if old.stem != cache.stem and (old.suffix != ".tmp" or hours > 24):
+                old.unlink()
 
 def read_cache(path):
     """What `decode_all` wrote, as `Decoded`; or None."""
@@ -1490,12 +1509,10 @@ class Images:
         self.seed = config.seed
         self.hflip = config.hflip
         self.last_order = (None, None)  # (epoch, rows)
-        joined = "\n".join(names).encode(errors="surrogatepass")
-        digest = hashlib.sha256(joined).hexdigest()[:12]
-        self.fingerprint = f"{len(chosen)} images, {len(unreadable)} unreadable, names {digest}"
+        names_hash = short_hash("\n".join(names))
+        self.fingerprint = f"{len(chosen)} images, {len(unreadable)} unreadable, names {names_hash}"
         if self.captions:
-            joined = "\n".join(self.captions).encode(errors="surrogatepass")
-            self.fingerprint += f", captions {hashlib.sha256(joined).hexdigest()[:12]}"
+            self.fingerprint += ", captions " + short_hash("\n".join(self.captions))
 
     def order(self, epoch):
         """The training rows in the order of this epoch: a permutation by the seed."""
@@ -1699,6 +1716,7 @@ def read_checkpoint(path):
     if isinstance(checkpoint.get("data"), str):  # older files word the fingerprint differently
         data = checkpoint["data"].replace(" pictures,", " images,")
         checkpoint["data"] = data.replace(" bad,", " unreadable,")
+    checkpoint.setdefault("white", 65535)  # in all images of more than 8 bits, in older files
     return checkpoint
 
 def check_checkpoint(checkpoint, path):
@@ -1732,7 +1750,8 @@ def stored_config(checkpoint, path):
     unknown = ", ".join(stored.keys() - FIELDS.keys())
     require(not unknown,
             f"{path} has settings that this ddpm.py does not know: {unknown}. Use a newer one.")
-    stored |= {name: None for name, field in FIELDS.items() if not field.metadata["stored"]}
+    stored |= {name: field.default for name, field in FIELDS.items()
+               if not field.metadata["stored"]}
     config = Config(**stored)
     try:
         check(config)
@@ -1777,7 +1796,7 @@ def model_from_checkpoint(checkpoint, path, ema=True):
                         checkpoint.get("vocabulary", ()), checkpoint.get("examples", ()))
     weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint["weights"]
     load_weights(model, weights, path)
-    model.white = checkpoint.get("white", 65535)  # in images of more than 8 bits
+    model.white = checkpoint["white"]
     return model.eval().requires_grad_(False)
 
 def load_model(path, device="cpu", ema=True):
@@ -2068,6 +2087,10 @@ def lock(path, flag, place):
         host, _, process = f.read().partition(" ")
         require(not is_held(f, host), f"{flag} {place} is in use by another run, process {process} "
                 f"on {host}: wait for its end, stop it, or give another {flag}.")
+        if os.fstat(f.fileno()).st_nlink == 0:  # that run has just ended, and removed the file
+            with lock(path, flag, place):
+                yield
+            return
         f.truncate(0)
         f.write(f"{platform.node()} {os.getpid()}")
         f.flush()
@@ -2111,7 +2134,9 @@ class Agreement:
     def __init__(self, config, state, runtime):
         self.runtime = runtime
         self.by_clock = config.minutes is not None
-        self.first_step = state.step
+        self.next_vote = state.step
+        self.interval = 1  # steps between votes: a second, but at most ten
+        self.voted = -math.inf
 
     def update(self, step, stop_signal, progress):
         """Any process may ask to stop; with --minutes the clock of rank 0 counts."""
@@ -2120,12 +2145,16 @@ class Agreement:
             self.progress = progress  # a function of the step is the same in all processes
         if alone:
             self.stop_signal = stop_signal
-        elif step % 10 == 0 or step == self.first_step:  # it takes time; between, the last values
-            largest = torch.tensor([stop_signal, progress if self.runtime.is_main else 0.0])
+        elif step >= self.next_vote:  # it takes time; between, the last values
+            progress = progress if self.runtime.is_main else 0.0
+            largest = torch.tensor([stop_signal, progress, time.monotonic() - self.voted])
             dist.all_reduce(largest, dist.ReduceOp.MAX)
             self.stop_signal = int(largest[0])
             if self.by_clock:
                 self.progress = largest[1].item()
+            self.interval = max(1, min(10, int(self.interval / largest[2])))
+            self.next_vote = step + self.interval
+            self.voted = time.monotonic()
 
 # ----------------------------------------------------------------------------------------- training
 
@@ -2160,6 +2189,12 @@ class TrainState:
 
     def epochs(self):
         return self.step * self.config.batch_size / len(self.images.train)
+
+    def epoch_name(self):
+        """The epochs so far as text, with enough digits to tell steps apart, but at least two."""
+        steps_per_epoch = len(self.images.train) / self.config.batch_size
+        digits = max(2, 1 + math.ceil(math.log10(steps_per_epoch)))
+        return f"{self.epochs():.{digits}f}".rstrip("0").rstrip(".")
 
     def progress(self):
         """The fraction of the planned steps, or of the time budget, that is over: 0 to 1."""
@@ -2196,7 +2231,7 @@ class TrainState:
         require(checkpoint.get("data") == self.images.fingerprint, f"{path} was trained on other "
                 f"data ({checkpoint.get('data')}; here {self.images.fingerprint}): restore the "
                 "images, or start a new run with --init_from.")
-        white = checkpoint.get("white", 65535)  # in all images of earlier versions
+        white = checkpoint["white"]
         require(white == self.images.white or self.images.white is None,
                 f"{path} was trained on images in which {white} is white, and here it is "
                 f"{self.images.white}: restore them, or start a new run with --init_from.")
@@ -2310,9 +2345,6 @@ def train_locked(config, runtime, checkpoint):
     images = load_images(config, runtime.device)
     keep_memory()  # not before: decoding large images takes much that is not needed again
     if not (images.class_names or images.vocabulary):
-        for name in ("guidance", "label_dropout"):
-            if getattr(config, name) not in (FIELDS[name].default, 1):
-                print(f"warning: --{name} has no effect: there are no classes or captions to learn")
         config = override(config, guidance=1.0)  # there is nothing to guide by
     torch.manual_seed(config.seed)
     needed = override(config, pretrained=False) if checkpoint else config  # its weights come below
@@ -2344,8 +2376,9 @@ def train_locked(config, runtime, checkpoint):
 
 def check_run(config, runtime):
     """UserError if the run would train on its own output, or its batches do not split up."""
-    for name in ("individual", "init_image", "mask", "strength", "interpolate"):
-        require(getattr(config, name) is None, f"--{name} is for --mode sample: leave it out.")
+    for name in ("individual", "gif", "init_image", "mask", "strength", "interpolate"):
+        require(getattr(config, name) == FIELDS[name].default,
+                f"--{name} is for --mode sample: leave it out.")
     samples_dir = Path(config.samples_dir).resolve()
     data_path = Path(config.data_path).resolve()
     require(not samples_dir.is_relative_to(data_path),
@@ -2466,6 +2499,7 @@ def print_banner(config, state, runtime, abar_T, origin):
     print(f"data      {printable(config.data_path)}: {images.num_found} found, {n} for training, "
           f"{len(images.validation)} for validation, {images.num_unreadable} unreadable{unused}; "
           f"{size_text(config.image_size)}, {images.channels} channels\n"
+          f"cache     {images.pixels.nbytes / 1e6:.3g} MB in {cache_folder(config).resolve()}\n"
           f"{describe_labels(images, counts)}\n"
           f"network   {config.arch}, {parameters:,} parameters\n"
           f"device    {describe_device(runtime.device)}, {runtime.precision}, processes "
@@ -2503,9 +2537,10 @@ def describe_labels(images, counts):
     classes = [f"{name} {count}" for name, count in zip(names, counts)]
     if len(classes) > 12:
         classes[12:] = [f"{len(classes) - 12} more"]
+    effect = "" if images.class_names else ": --guidance and --label_dropout have no effect"
     if classes and not images.class_names:
         classes[-1] += "; not learned"
-    return f"classes   {', '.join(classes) or 'none'}"
+    return f"classes   {', '.join(classes) or 'none'}{effect}"
 
 def print_forecast(state, images_per_s):
     """Print how long the run takes at the speed of its first steps, and whether that is enough."""
@@ -2698,7 +2733,7 @@ class MetricsLogger:
         if preview.validation_loss is not None:
             self.log(state, validation_loss=preview.validation_loss)
         with optional("writing the grids"):
-            grids = write_previews(preview, state.epochs(), state.model, self.folder)
+            grids = write_previews(preview, state.epoch_name(), state.model, self.folder)
             self.files += grids.values()
             tracked = {name: grids[name] for name in ("compared", "generated")}
             self.tracker.log(state.step, image_files=tracked)
@@ -3285,9 +3320,9 @@ def write_start_plots(config, images):
             plot_schedules(config, folder / "schedules.png"),
             plot_forward_process(x0[:1], config, folder / "forward_process.png")]
 
-def write_previews(preview, epochs, model, folder):
+def write_previews(preview, epoch_name, model, folder):
     """Write the grids of a Preview. Returns {name: path}."""
-    ending = "_epoch" + f"{epochs:.2f}".rstrip("0").rstrip(".") + ".png"  # as in _epoch0.64.png
+    ending = f"_epoch{epoch_name}.png"  # as in _epoch0.64.png
     rows = dict(clean=preview.clean, noisy=preview.noisy, pred=preview.predicted)
     titles = [f"t = {t}" for t in preview.timesteps]
     grids = {name: save_grid(pixels, folder / f"{name}{ending}", len(pixels))
@@ -3423,8 +3458,6 @@ def run_mode(mode, given):
     else:
         config = preset(given.get("preset", Config.preset), **given)
     warn_of_unused(config, given)
-    if "gif" in given:
-        print("warning: --gif has no effect with --mode train")
     train_run(config, checkpoint)
 
 def main(argv=None):

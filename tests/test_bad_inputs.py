@@ -32,7 +32,7 @@ def assert_only_the_cache_is_new(before, after):
     new = [Path(name) for name in after.keys() - before.keys()]
     assert {name: after[name] for name in before if name in after} == before
     assert not new or sorted(path.suffix for path in new) == [".json", ".npy"], new
-    assert {str(path.parent) for path in new} <= {"data/decoded"}, new
+    assert {str(path.parent) for path in new} <= {"data/.decoded"}, new
 
 
 @pytest.fixture

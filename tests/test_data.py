@@ -532,9 +532,9 @@ def test_the_cache_is_a_file_and_its_errors_in_download_dir(tmp_path):
     """However few images there are; training uses what is in it."""
     root = folder_with_unreadable(tmp_path / "few", 25, 1)
     images = load(root, download_dir=str(tmp_path / "d"))
-    files = sorted((tmp_path / "d").rglob("*.*"))
+    files = sorted((tmp_path / "d").rglob("*-*"))
     assert [path.suffix for path in files] == [".json", ".npy"]
-    assert {path.parent for path in files} == {tmp_path / "d" / "decoded"}
+    assert {path.parent for path in files} == {tmp_path / "d" / ".decoded"}
     pixels, unreadable, *_ = ddpm.read_cache(files[1])
     assert np.array_equal(pixels, images.pixels.numpy()) and np.array_equal(
         pixels, np.load(files[1])
@@ -593,6 +593,62 @@ def test_whatever_changes_makes_a_new_cache(image_folder, tmp_path, change):
     assert after.shape != before.shape or not torch.equal(after, before)
     fresh = load(root, download_dir=str(tmp_path / "other"), **more).pixels
     assert torch.equal(after, fresh)
+
+
+def caches(folder):
+    return sorted(path.name for path in (folder / ".decoded").iterdir())
+
+
+def test_caches_of_earlier_states_of_a_folder_go_and_no_others(image_folder, tmp_path):
+    root = tmp_path / "mine"
+    where = dict(download_dir=str(tmp_path))
+    shutil.copytree(image_folder, root)
+    load(image_folder, **where)
+    for options in (dict(image_size=8), dict(max_images=3), dict(max_images=3, seed=1)):
+        load(root, **where, **options)
+    others = caches(tmp_path)
+    mapped = load(root, **where)
+    before = mapped.pixels.clone()
+    [pixels, _] = mine = sorted(set(caches(tmp_path)) - set(others), reverse=True)
+    of_a_crash, of_now = [
+        tmp_path / ".decoded" / pixels.replace(".npy", f".{pid}.tmp") for pid in (4242, 4243)
+    ]
+    for path in (of_a_crash, of_now):
+        path.write_bytes(b"half")
+    os.utime(of_a_crash, times=(0, 0))
+    shutil.copy(root / "disc" / "0.png", root / "disc" / "new.png")
+    assert len(load(root, **where).train) == 25
+    assert set(others) < set(caches(tmp_path)), "those of other folders and options stay"
+    left = set(caches(tmp_path)) - set(others)
+    assert len(left) == 3 and of_now.name in left and not left & {*mine, of_a_crash.name}
+    assert torch.equal(mapped.pixels, before), "a run that uses the old one is not disturbed"
+
+
+def test_a_cache_that_cannot_be_removed_is_left(tmp_path, monkeypatch):
+    root = folder_with_unreadable(tmp_path / "few", 3, 0)
+    load(root)
+    unlink = Path.unlink
+
+    def unlink_on_windows(self, missing_ok=False):
+        if self.suffix in (".npy", ".json"):
+            raise PermissionError(13, "in use by another process")
+        unlink(self, missing_ok)
+
+    flat("L", 9).save(root / "new.png")
+    monkeypatch.setattr(Path, "unlink", unlink_on_windows)
+    assert len(load(root).train) == 4 and len(caches(tmp_path / "few.data")) == 4
+
+
+def test_the_cache_in_a_folder_of_images_is_no_class_and_the_banner_names_it(
+    main, image_folder, tmp_path, capsys
+):
+    shutil.copytree(image_folder, tmp_path / "data")
+    for _ in range(2):
+        assert main("--mode train --dry_run --data_path data", TINY) == 0
+        said = capsys.readouterr().out
+        megabytes = 24 * 3 * 16 * 16 / 1e6
+        assert f"cache     {megabytes:.3g} MB in {tmp_path / 'data' / '.decoded'}\n" in said
+        assert "no images in" not in said and "other files" not in said
 
 
 def test_the_pixels_in_a_cache_file_cannot_be_written_to_by_accident(image_folder, tmp_path):

@@ -121,7 +121,7 @@ def test_valid_settings_train_and_sample_or_are_refused_before_a_file_is_written
                 ddpm.train(config)
             except ddpm.UserError as e:
                 assert not [
-                    name for name in tree(folder) if not name.startswith("d/decoded/")
+                    name for name in tree(folder) if not name.startswith("d/.decoded/")
                 ]  # the cache
                 assert 20 < len(str(e)) < 400 and str(e)[-1] in ".)", e
                 counts["refused"] += 1

@@ -188,8 +188,7 @@ def test_too_few_tensors_that_fit_are_refused_with_the_flags_that_would(train, t
         ("--pretrained", "--pretrained has no effect with --arch unet"),
         ("--eta 0.5", "--eta has no effect with --sampler ddpm"),
         ("--attention none --attention_at 8", "--attention_at has no effect with --attention"),
-        ("--no_class_cond --label_dropout 0.3", "--label_dropout has no effect with --no_class"),
-        ("--gif", "--gif has no effect with --mode train"),
+        ("--guidance 0 --classes disc", "--classes has no effect with --guidance 0"),
     ],
 )
 def test_a_flag_without_effect_is_told(train, capsys, flags, warning):
@@ -197,9 +196,15 @@ def test_a_flag_without_effect_is_told(train, capsys, flags, warning):
     assert f"warning: {warning}" in capsys.readouterr().out
 
 
-def test_guidance_without_classes_is_told(train, image_folder, capsys):
-    assert train("--dry_run --guidance 3", data=image_folder / "disc") == 0
-    assert "warning: --guidance has no effect" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "folder, flags, classes",
+    [("disc", "", "none"), (".", "--no_class_cond", "disc 8, square 8, stripes 8; not learned")],
+)
+def test_guidance_without_classes_is_told_once(train, image_folder, capsys, folder, flags, classes):
+    assert train("--dry_run --guidance 3", flags, data=image_folder / folder) == 0
+    said = capsys.readouterr().out
+    assert f"{classes}: --guidance and --label_dropout have no effect\n" in said
+    assert said.count("--guidance") == 1
 
 
 def test_the_defaults_warn_of_nothing(train, capsys):
@@ -208,7 +213,8 @@ def test_the_defaults_warn_of_nothing(train, capsys):
 
 
 @pytest.mark.parametrize(
-    "flag", ("--individual out", "--init_image x.png --strength 0.3", "--interpolate 5")
+    "flag",
+    ("--individual out", "--init_image x.png --strength 0.3", "--interpolate 0", "--gif"),
 )
 def test_flags_of_sampling_are_refused_in_training(train, capsys, flag):
     """--interpolate and --strength would change what the previews show."""

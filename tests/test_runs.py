@@ -173,6 +173,23 @@ def test_a_run_renews_its_lock_and_removes_it(tmp_path, monkeypatch):
     assert not path.exists()
 
 
+def test_a_start_while_another_run_ends_locks_out_a_third(tmp_path, monkeypatch):
+    """The second opens the lock file of the first, which ends before the second has locked it."""
+    path = tmp_path / ".m.lock"
+    is_held = ddpm.is_held
+    first = contextlib.ExitStack()
+    first.enter_context(ddpm.lock(path, "--model_path", "m"))
+
+    def is_held_after_the_end_of_the_first(*args):
+        first.close()
+        return is_held(*args)
+
+    monkeypatch.setattr(ddpm, "is_held", is_held_after_the_end_of_the_first)
+    with ddpm.lock(path, "--model_path", "m"):
+        with pytest.raises(ddpm.UserError, match="in use"), ddpm.lock(path, "--model_path", "m"):
+            pass
+
+
 def test_where_files_cannot_be_locked_the_time_of_the_file_decides(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     path = tmp_path / ".m.lock"

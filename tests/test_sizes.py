@@ -231,7 +231,7 @@ def test_each_way_has_a_cache_of_its_own_and_stays_with_the_model(ramps, run, tm
     for resize in ("crop", "pad", "stretch", "crop"):
         config = config_of(ramps, image_size=16, resize=resize, download_dir=str(tmp_path))
         pixels[resize] = ddpm.load_images(config).pixels
-    assert len(list((tmp_path / "decoded").glob("*.npy"))) == 3
+    assert len(list((tmp_path / ".decoded").glob("*.npy"))) == 3
     assert not torch.equal(pixels["crop"], pixels["pad"])
     assert not torch.equal(pixels["stretch"], pixels["pad"])
     flags = ["--mode sample --resize pad --model_path", run / "model.pt"]

@@ -380,6 +380,27 @@ def test_a_run_is_resumed_with_another_number_of_processes(
         assert torch.allclose(weight, shared["weights"][name], atol=1e-5), name
 
 
+@pytest.mark.parametrize("seconds, longest", [(0.01, 10), (0.25, 4), (3.0, 1)])
+def test_processes_agree_to_stop_by_time(monkeypatch, seconds, longest):
+    """torchrun kills thirty seconds after SIGTERM, however long a step is."""
+    clock = [100.0]
+    votes = []
+    monkeypatch.setattr(ddpm.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ddpm.dist, "all_reduce", lambda *_: votes.append(step))
+    state = types.SimpleNamespace(step=1000)
+    runtime = ddpm.Runtime(torch.device("cpu"), "fp32", 0, world_size=2)
+    agreement = ddpm.Agreement(ddpm.Config(), state, runtime)
+    for step in range(1000, 1100):
+        agreement.update(step, signal.SIGTERM if step >= 1050 else 0, 0.5)
+        assert agreement.progress == 0.5
+        if agreement.stop_signal:
+            break
+        clock[0] += seconds
+    gaps = np.diff(votes[1:])
+    assert votes[0] == 1000 and gaps.max() == longest and gaps.max() * seconds <= 3
+    assert agreement.stop_signal == signal.SIGTERM and step < 1060
+
+
 def test_one_process_of_a_machine_decodes_for_the_others(two, image_folder, tmp_path):
     """The others wait, then find the cache: none downloads into, or decodes beside, what is not
     there yet."""
@@ -658,9 +679,28 @@ def test_the_files_that_a_run_writes(train, tmp_path, capsys):
         Image.open(file).load()
     said = capsys.readouterr().out.split("Wrote:")[1].split("\n")
     written = {
-        str(p) for p in run.rglob("*") if p.is_file() and "decoded" not in p.parts
+        str(p) for p in run.rglob("*") if p.is_file() and ".decoded" not in p.parts
     }  # but the cache
     assert {line.strip() for line in said if line.strip()} == written
+
+
+def test_previews_of_any_steps_have_names_of_their_own(train, tmp_path):
+    assert train("--steps 3 --sample_every 1 --batch_size 1") == 0
+    names = {path.name for path in (tmp_path / "run" / "samples").glob("generated_epoch*")}
+    assert names == {f"generated_epoch{epoch}.png" for epoch in ("0.042", "0.083", "0.125")}
+
+
+@pytest.mark.parametrize("n, batch_size", [(60_000, 32), (10**6, 1), (999, 1000), (3, 2), (1, 16)])
+def test_the_names_of_steps_are_different_and_short(n, batch_size):
+    config = ddpm.Config(batch_size=batch_size)
+    state = types.SimpleNamespace(config=config, images=types.SimpleNamespace(train=range(n)))
+    state.epochs = lambda: ddpm.TrainState.epochs(state)
+    names = set()
+    for state.step in [*range(2000), *range(10**6, 10**6 + 2000)]:
+        names.add(ddpm.TrainState.epoch_name(state))
+    assert len(names) == 4000
+    state.step = round(24 * n / batch_size)
+    assert len(ddpm.TrainState.epoch_name(state)) <= 5 + (n > batch_size)
 
 
 def test_plots_are_real_images(main, image_folder, tmp_path):
