@@ -61,8 +61,10 @@ def describe(path, changed):
         return f"{path.name}: cannot be read"
     data = Path(config.data_path).name
     size = ddpm.size_text(config.image_size)
-    classes = f", {len(checkpoint['classes'])} classes" if checkpoint["classes"] else ""
-    return f"{path.name}: {data}, {size}{classes}"
+    learned = f", {len(checkpoint['classes'])} classes" if checkpoint["classes"] else ""
+    if "vocabulary" in checkpoint:
+        learned = f", prompts of {len(checkpoint['vocabulary'])} words"
+    return f"{path.name}: {data}, {size}{learned}"
 
 @st.cache_resource(max_entries=4, show_spinner="Opening the model")
 def open_model(path, changed):
@@ -119,8 +121,17 @@ def settings(section, key, num_images=8):
             placeholder="all, in turn",
             **kept("classes"))
         given["classes"] = ",".join(chosen) or None
+    if model.vocabulary:
+        lines = st.text_area(
+            "Prompts, one a line",
+            "\n".join(config.prompt or model.examples[:4]),
+            help="Words that the model knows: " + " ".join(model.vocabulary),
+            **kept("prompts"))
+        given["prompt"] = tuple(line for line in lines.splitlines() if line.strip())
+        st.caption("Such as: " + "; ".join(model.examples))
+    if model.class_names or model.vocabulary:
         given["guidance"] = st.slider(
-            "Guidance scale: how closely to follow the class",
+            "Guidance scale: how closely to follow the class or prompt",
             min_value=1.0,
             max_value=8.0,
             value=min(max(config.guidance, 1.0), 8.0),
@@ -153,13 +164,8 @@ def generate_images(section, key, config, **edit):
     kept then."""
     model, diffusion, _, precision = open_model(*key)
     ddpm.check(config)
-    labels = ddpm.sample_labels(config.classes, model.class_names, config.num_samples)
-    if config.interpolate is not None:
-        labels = labels[:1] * len(labels)
-    names = []
-    for i, label in enumerate(labels, 1):
-        class_name = model.class_names[label] if model.class_names else ""
-        names.append(f"{i} {class_name}")
+    labels, names = ddpm.sample_conditions(config, model)
+    numbered = [f"{i} {name}" for i, name in enumerate(names, 1)]
     steps = len(ddpm.reverse_timesteps(config)) - 1
     animated = set(ddpm.evenly_spaced(np.arange(1, steps + 1), 60).tolist())
     every = math.ceil(steps / 12)
@@ -173,25 +179,27 @@ def generate_images(section, key, config, **edit):
         bar.progress(i / steps, f"Step {i} of {steps}, t = {t}. The predicted x0:")
         if i % every == 1 or every == 1:
             with emerging.container():
-                show(x0, names, config)
+                show(x0, numbered, config)
         if i in animated:
             frames.append(to_cropped(x[:8], config).cpu())
     pixels = to_cropped(x, config).cpu()
     if config.interpolate is not None:
         frames = ddpm.there_and_back(pixels)
     text = ddpm.png_text(config, steps, ddpm.model_digest(key[0]))
-    result = keep_images(pixels, frames, text)
-    st.session_state[f"generated: {section}"] = dict(result, names=names, about=about(key, text))
+    texts = [text | dict(prompt=name) if model.vocabulary else text for name in names]
+    result = keep_images(pixels, frames, texts)
+    result |= dict(names=numbered, about=about(key, text))
+    st.session_state[f"generated: {section}"] = result
 
 def about(key, text):
     """The text of the PNGs as a sentence, with the name of the model's file."""
     shown = text | dict(model=key[0].name)
     return ", ".join(f"{name} {value}" for name, value in shown.items() if name != "version")
 
-def keep_images(pixels, frames, text):
-    """Images (N, C, H, W) uint8 as PNGs with this text, a ZIP of them, and their animation."""
-    pngs = [written(lambda path, image=image: ddpm.save_png(image, path, text))
-            for image in ddpm.to_images(pixels)]
+def keep_images(pixels, frames, texts):
+    """Images (N, C, H, W) uint8 as PNGs with these texts, a ZIP of them, and their animation."""
+    pngs = [written(lambda path, image=image, text=text: ddpm.save_png(image, path, text))
+            for image, text in zip(ddpm.to_images(pixels), texts)]
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for i, png in enumerate(pngs):
@@ -391,6 +399,10 @@ def look_inside(key):
     if model.class_names:
         class_name = right.selectbox("Its class", model.class_names)
         label = model.class_names.index(class_name)
+    if model.vocabulary:
+        prompt = right.text_input("Its prompt", model.examples[0])
+        ddpm.check_words([prompt], model.vocabulary)
+        label = tuple(ddpm.encode([prompt], model.vocabulary)[0])
     trajectory = trajectory_of(key, seed, label)
     generated, _ = trajectory[-1]
     name, image = given or ("the model's image", generated)

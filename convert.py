@@ -359,6 +359,8 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
             f"{folder} is there already, and not an empty folder: give another.")
     model, diffusion, config = ddpm.load_model(model_path, ema=ema)
     check_expressible(config, diffusion, model_path)
+    require(not model.vocabulary, f"{model_path} was trained on captions, which diffusers cannot "
+            "express as a UNet2DModel: train one with --no_captions.")
     require("," not in (classes or ""),
             f"--classes {classes}: give one, since a folder samples one class.")
     label = ddpm.sample_labels(classes, model.class_names, 1)[0] if classes else -1

@@ -605,7 +605,7 @@ def spaced_timesteps(T, n):
     return np.round(np.linspace(T - 1, -1, n + 1)).astype(int).tolist()
 
 def make_denoiser(model, diffusion, y=None, guidance=1.0, clip=True, precision="fp32"):
-    """denoise(x, t) -> x0. x, x0: (N, C, H, W) in [-1, 1]; t: int; y: labels, as networks take them.
+    """denoise(x, t) -> x0. x, x0: (N, C, H, W) in [-1, 1]; t: int; y: labels for networks.
     guidance g: uncond + g * (cond - uncond), in one batch (Ho & Salimans 2022, with w = g - 1)."""
     @torch.no_grad()
     def denoise(x, t):
@@ -687,7 +687,7 @@ class TextEncoder(nn.Module):
         first = torch.zeros_like(y[:, :1])
         numbers = torch.cat([first, y + 1], dim=1)        # (N, 1 + L), 0 at padding too
         is_word = torch.cat([first == 0, y >= 0], dim=1)  # (N, 1 + L)
-        bias = torch.zeros_like(is_word, dtype=torch.float32).masked_fill(~is_word, -math.inf)
+        bias = torch.where(is_word, 0.0, -math.inf)
         h = self.words(numbers) + self.positions[: numbers.shape[1]]  # (N, 1 + L, width)
         for layer in self.layers:
             h = layer(h, src_key_padding_mask=bias)
@@ -1120,11 +1120,11 @@ def image_suffixes():
     return {suffix for suffix, kind in registered.items() if kind in kinds} | {".mpo"}  # as JPEG
 
 def list_images(root):
-    """The image files below a folder, sorted; a Counter of the suffixes of all others but hidden
-    ones; and what cannot be read: folders and links."""
+    """The image files below a folder, all others but hidden ones, sorted in each folder, and what
+    cannot be read: folders and links."""
     suffixes = image_suffixes()
     files = []
-    others = Counter()
+    others = []
     problems = []
     visited = set()
 
@@ -1146,7 +1146,7 @@ def list_images(root):
             elif path.is_symlink() and not path.exists():
                 problems.append(f"{path} (a link to nowhere)")
             else:
-                others[suffix or "no suffix"] += 1
+                others.append(path)
     return files, others, problems
 
 def advice_on(suffixes):
@@ -1170,79 +1170,58 @@ def check_folder(root):
         raise UserError(f"{root} is a file{advice_on({suffix})}: {remedy}.")
     remedy = f"give --data_path an image folder, or one of {', '.join(DATASETS)}"
     if root.name == PRESETS["animals_text"]["data_path"]:
-        remedy = ("make it with python animal_data/draw.py --captions --count 5000 --without unseen "
-                  f"--out {root}")
+        remedy = ("make it with python animal_data/draw.py --captions --count 5000 "
+                  f"--without unseen --out {root}")
     require(root.is_dir(), f"No folder {root}: {remedy}.")
 
-def read_captions(root, files, others):
-    """The captions of image files below a folder: {file: text}, and notes. They are in metadata.csv
-    or metadata.jsonl files of any folder, as in Hugging Face's image folders, or else in a .txt
-    beside the image. The files that they are read from are taken out of the Counter `others`."""
+def read_captions(files, others):
+    """The captions of image files, {file: text}; notes; and the files that they were read from,
+    among `others`: metadata.csv or metadata.jsonl in any folder, as in Hugging Face's image
+    folders, or else a .txt beside the image."""
     captions = {}
     notes = []
-    sources = set()
-    folders = {root}
-    for folder in {file.parent for file in files}:
-        folders |= {parent for parent in (folder, *folder.parents) if parent.is_relative_to(root)}
-    for folder in sorted(folders):  # what is deeper counts more
-        for path in (folder / "metadata.csv", folder / "metadata.jsonl"):
-            if path.is_file():
-                captions |= read_metadata(path, notes)
-                sources.add(path)
+    used = [path for path in others if path.name in ("metadata.csv", "metadata.jsonl")]
+    for path in used:  # deeper ones come later and count more
+        captions |= read_metadata(path, notes)
     missing = sorted(captions.keys() - set(files))
     if missing:
         notes.append(f"warning: captions name {len(missing)} images that are not there, such as "
                      f"{missing[0]}")
-    for file in files if others[".txt"] else ():
+    other_files = set(others)
+    for file in files:
         path = file.with_suffix(".txt")
-        if file not in captions and path.is_file():
-            captions[file] = " ".join(read_utf8(path).split())
-            sources.add(path)
-    others -= Counter(path.suffix for path in sources)
-    return captions, notes
+        if path in other_files and file not in captions:
+            captions[file] = one_line(read_utf8(path))
+            used.append(path)
+    return captions, notes, used
 
 def read_metadata(path, notes):
-    """The captions in a metadata.csv or metadata.jsonl, {file: text}. UserError names the line that
-    is no good; a note is added of files that are named twice."""
+    """The captions in a metadata.csv or metadata.jsonl, {file: text}; a note is added of files that
+    it names twice. UserError for a bad line; empty ones are not counted."""
+    lines = io.StringIO(read_utf8(path), newline="")
+    first = 1
+    rows = (json.loads(line) for line in lines if line.strip())
+    if path.suffix == ".csv":
+        first = 2  # after the names of the columns
+        csv.field_size_limit(2**30)
+        rows = csv.DictReader(lines)
     captions = {}
-    repeated = []
-    for line, row in metadata_rows(path):
-        columns = row.keys() if isinstance(row, dict) else set()
-        require(columns >= {"file_name", "text"}, f"{path}, line {line}, has the columns "
-                f"{', '.join(map(str, columns)) or 'none'}, and captions need file_name and text: "
-                "rename them, or give --no_captions.")
-        name = row["file_name"]
-        text = row["text"] or ""
-        require(type(name) is type(text) is str,
-                f"{path}, line {line}: put file_name and text into quotes, or give --no_captions.")
-        file = path.parent / os.path.normpath(name)
-        if file in captions:
-            repeated.append(name)
-        captions[file] = text
-    if repeated:
-        notes.append(f"warning: {path} names images twice, such as {repeated[0]}: the last of "
-                     "their captions count")
+    number = first
+    try:
+        for row in rows:
+            file = path.parent / os.path.normpath(row["file_name"])
+            captions[file] = one_line(row["text"] or "")
+            number += 1
+    except Exception as e:  # what is no JSON, no CSV, no string or not there raises anything
+        raise UserError(f"{path}, line {number}, is no caption ({type(e).__name__}: {e}): each "
+                        "needs file_name and text. Fix it, or give --no_captions.") from None
+    num_repeated = number - first - len(captions)
+    if num_repeated:
+        notes.append(f"warning: {path} names {num_repeated} images again: the last caption counts")
     return captions
 
-def metadata_rows(path):
-    """Pairs (number of the line, row) of a metadata.csv or metadata.jsonl."""
-    lines = io.StringIO(read_utf8(path), newline="")
-    number = 0
-    try:
-        if path.suffix == ".csv":
-            csv.field_size_limit(2**30)
-            reader = csv.DictReader(lines)
-            for row in reader:
-                number = reader.line_num
-                yield number, row
-        else:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (ValueError, RecursionError, csv.Error) as e:
-        kind = path.suffix[1:].upper()
-        raise UserError(f"{path}, line {number}, is no {kind} ({e}): fix it, or give "
-                        "--no_captions.") from None
+def one_line(text):
+    return " ".join(text.split())
 
 def read_utf8(path):
     """The text of a file. UserError if there is none."""
@@ -1261,7 +1240,7 @@ def encode(captions, vocabulary):
     number = {word: i for i, word in enumerate(vocabulary)}
     rows = [[number[word] for word in split_words(caption)[:MAX_WORDS] if word in number]
             for caption in captions]
-    length = max(1, *map(len, rows))
+    length = max([1, *map(len, rows)])
     return [row + [-1] * (length - len(row)) for row in rows]
 
 def folder_source(root, with_captions=True):
@@ -1269,15 +1248,17 @@ def folder_source(root, with_captions=True):
     first sub-folder on the path to a file."""
     check_folder(root)
     files, others, problems = list_images(root)
-    captions, caption_notes = read_captions(root, files, others) if with_captions else ({}, [])
-    has_captions = any(captions.values())
-    listed = ", ".join(f"{suffix} {n}" for suffix, n in others.most_common(8))
-    listed += advice_on(others.keys())
+    captions, caption_notes, used = read_captions(files, others) if with_captions else ({}, [], [])
+    left_out = set(others) - set(used)
+    suffixes = Counter(path.suffix.lower() or "no suffix" for path in left_out)
+    listed = ", ".join(f"{suffix} {n}" for suffix, n in suffixes.most_common(8))
+    listed += advice_on(suffixes.keys())
     unread = f" Cannot be read: {', '.join(problems[:8])}." if problems else ""
-    require(files, f"No images in {root}: saw {others.total()} files ({listed}); accepted .png "
+    require(files, f"No images in {root}: saw {len(others)} files ({listed}); accepted .png "
             f".jpg .webp and whatever else Pillow opens.{unread}")
     parts = [file.relative_to(root).parts for file in files]
-    class_names = [] if has_captions else sorted({p[0] for p in parts if len(p) > 1})
+    texts = [captions.get(file, "") for file in files] if any(captions.values()) else []
+    class_names = [] if texts else sorted({p[0] for p in parts if len(p) > 1})
     number = {name: i for i, name in enumerate(class_names)}
     labels = np.array([number.get(p[0], -1) for p in parts])
     names = ["/".join(p) for p in parts]
@@ -1285,15 +1266,14 @@ def folder_source(root, with_captions=True):
     versions = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
     key = [str(root.resolve()), *zip(names, versions)]
     notes = [f"warning: {problem} cannot be read, and is left out" for problem in problems]
-    if others:
-        notes.append(f"left out  {others.total()} other files: {listed}")
+    if left_out:
+        notes.append(f"left out  {len(left_out)} other files: {listed}")
 
     def open_file(i):
         require(stats[i], "a link to nowhere, or no file")  # opening a pipe blocks
         return open_image(files[i])
 
     notes += caption_notes + layout(root, parts)
-    texts = [captions.get(file, "") for file in files] if has_captions else []
     return ImageSource(names, labels, class_names, key, open_file, notes, texts)
 
 def layout(root, parts):
@@ -1472,10 +1452,10 @@ def for_each_row(work, rows, description):
 
 class Images:
     """Decoded images, row i image chosen[i] of the source. pixels: (N, C, H, W) uint8, on the GPU
-    if it has room. labels: int64, as networks take them. train, validation: rows. class_names: those
-    of the labels that the network learns, all_class_names or none. captions: N strings or [].
-    vocabulary, examples: all words and some of those in training. white: as in `Decoded`. notes:
-    sentences about the images."""
+    if it has room. labels: int64, for networks. train, validation: rows. class_names: those of the
+    labels that the network learns, all_class_names or none. captions: N strings, or [].
+    vocabulary: the words of those in training; examples: some of those. white: as in `Decoded`.
+    notes: sentences about the images."""
     def __init__(self, source, chosen, decoded, config, device):
         pixels = decoded.pixels
         unreadable = decoded.unreadable
@@ -1498,7 +1478,8 @@ class Images:
         if self.captions:
             texts = [self.captions[row] for row in self.train]
             self.vocabulary = sorted({w for text in texts for w in split_words(text)[:MAX_WORDS]})
-            self.examples = example_captions(texts)
+            different = list(dict.fromkeys(text[:300] for text in texts if text))
+            self.examples = evenly_spaced(np.array(different, dtype=object), 8).tolist()
             self.labels = torch.tensor(encode(self.captions, self.vocabulary))
         self.pixels = torch.from_numpy(pixels)
         if torch.device(device).type == "cuda":
@@ -1540,11 +1521,6 @@ class Images:
             flip = to_device(torch.rand(n) < 0.5, device)
             x0 = torch.where(flip[:, None, None, None], x0.flip(3), x0)
         return x0, y
-
-def example_captions(texts):
-    """Up to eight different ones of the captions, long ones cut, evenly spaced among them."""
-    different = list(dict.fromkeys(text[:300] for text in texts if text))
-    return evenly_spaced(np.array(different, dtype=object), 8).tolist()
 
 def report_unreadable(names, unreadable):
     """Print the images that could not be decoded, {row: error}; UserError from 5 % on."""
@@ -2488,7 +2464,7 @@ def print_banner(config, state, runtime, abar_T, origin):
     images = state.images
     n = len(images.train)
     parameters = sum(p.numel() for p in state.model.parameters())
-    labels = images.labels[images.train] if images.all_class_names else torch.empty(0).long()
+    labels = images.labels[images.train]
     counts = torch.bincount(labels[labels >= 0], minlength=len(images.all_class_names)).tolist()
     if state.total_steps:
         seen = state.total_steps * config.batch_size
@@ -2511,7 +2487,7 @@ def print_banner(config, state, runtime, abar_T, origin):
           f"{step_folder(config.model_path).resolve()}")
     for note in images.notes:
         print(printable(note))
-    if counts and max(counts) > 10 * min(counts):
+    if classes and max(counts) > 10 * min(counts):
         print("warning: the classes are far out of balance; expect the small ones to look worse")
     if abar_T > 0.01:
         print("warning: abar_T is above 0.01: sampling starts from purer noise than the network "
@@ -2793,45 +2769,38 @@ def make_tracker(config):
 # ----------------------------------------------------------------------------------------- sampling
 
 def sample_conditions(config, model):
-    """The labels of --num_samples images, as in `generate`, and the class or caption that each one
-    stands for, "" for none. model: or the Images that it is trained on."""
+    """The labels of --num_samples images, as `generate` takes them, and the class or caption that
+    each stands for, "" for none. model: or the Images that it is trained on."""
     n = config.num_samples
-    prompts = asked_prompts(config)
+    prompts = config.prompt
+    if config.prompts:
+        lines = map(one_line, read_utf8(config.prompts).splitlines())
+        prompts = [line for line in lines if line]
+        require(prompts, f"--prompts {config.prompts} is empty: write a caption a line.")
     if model.vocabulary:
         require(not config.classes, f"--classes {config.classes}: the model was trained on "
                 "captions, not on classes; give --prompt.")
         check_words(prompts, model.vocabulary)
-        prompts = prompts or model.examples
+        prompts = list(dict.fromkeys(prompts)) or model.examples
         rows = encode(prompts, model.vocabulary)
         labels = [rows[i % len(rows)] for i in range(n)]
         names = [prompts[i % len(rows)] for i in range(n)]
     else:
-        require(not prompts, "--prompt and --prompts: the model was trained without captions; "
-                "leave them out, or give --classes.")
+        require(not prompts, "--prompt: the model was trained without captions; leave it out.")
         labels = sample_labels(config.classes, model.class_names, n)
         names = [model.class_names[label] if label >= 0 else "" for label in labels]
     if config.interpolate is not None:
         return labels[:1] * n, names[:1] * n
     return labels, names
 
-def asked_prompts(config):
-    """The captions of --prompts, else of --prompt."""
-    if not config.prompts:
-        return config.prompt
-    lines = read_utf8(config.prompts).splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    require(prompts, f"--prompts {config.prompts} is empty: write a caption a line.")
-    return prompts
-
 def check_words(prompts, vocabulary):
     """UserError for a word that is not in the vocabulary, with those that are most like it."""
     for word in split_words(" ".join(prompts)):
         if word not in vocabulary:
             nearest = difflib.get_close_matches(word, vocabulary, 3)
-            kind = "nearest" if nearest else "some"
             nearest = nearest or evenly_spaced(np.array(vocabulary), 20)
-            raise UserError(f"--prompt: the model has never read {word!r}. Of its "
-                            f"{len(vocabulary)} words the {kind} are: {', '.join(nearest)}.")
+            raise UserError(f"--prompt: the model has never read {word!r}. Give other words, such "
+                            f"as {', '.join(nearest)}, of the {len(vocabulary)} that it knows.")
 
 def sample_labels(classes, class_names, n):
     """The labels of n images: in turn the classes named, as in "lion,tiger", or all; -1: none."""
@@ -3039,7 +3008,8 @@ def images_to_sample(config, text_of, max_kept):
     todo = []
     for i in mine:
         path = image_path(config, i)
-        if i < config.sample_batch_size or path.name not in present or not is_from(path, text_of(i)):
+        can_stay = i >= config.sample_batch_size and path.name in present
+        if not (can_stay and is_from(path, text_of(i))):
             todo.append(i)
         elif i < max_kept:
             with Image.open(path) as image:
@@ -3141,38 +3111,33 @@ def save_png(image, path, text=None):
         info.add_text(key, value)
     return atomic_write(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
-def make_grid(pixels, columns):
-    """Images (N, C, H, W) uint8 as one PIL image, small ones magnified."""
+def save_grid(pixels, path, columns, text=None):
+    """Write images (N, C, H, W) uint8 as one PNG, small ones magnified. Returns the path."""
     zoom = max(1, 64 // max(pixels.shape[2:]))
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     grid = torchvision.utils.make_grid(pixels, columns, pad_value=255)
-    return to_images(grid[None])[0]
-
-def save_grid(pixels, path, columns, text=None):
-    """Write images (N, C, H, W) uint8 as one PNG. Returns the path."""
-    return save_png(make_grid(pixels, columns), path, text)
+    return save_png(to_images(grid[None])[0], path, text)
 
 def save_samples(pixels, names, model, path, text=None):
-    """Write samples (N, C, H, W) uint8 as one PNG: a row for each of up to 50 captions, which
-    stands beside it, or columns for classes. names: of the captions or classes. Returns the
-    path."""
-    different = list(dict.fromkeys(names))
-    if not model.vocabulary or len(different) > 50:
-        return save_grid(pixels, path, grid_columns(len(pixels), different), text)
-    rows = [[image for image, name in zip(pixels, names) if name == row] for row in different]
-    columns = max(map(len, rows))
-    white = torch.full_like(pixels[0], 255)
-    filled = [image for row in rows for image in row + [white] * (columns - len(row))]
-    grid = make_grid(torch.stack(filled), columns)
-    height = (grid.height - 2) // len(rows)
-    labelled = Image.new("RGB", (grid.width + 200, grid.height), "white")
-    labelled.paste(grid, (200, 0))
-    draw = ImageDraw.Draw(labelled)
-    for i, name in enumerate(different):
+    """Write samples (N, C, H, W) uint8 as one PNG: in columns by class, or in rows by caption with
+    it beside them. names: of the classes or captions, in turn. Returns the path."""
+    rows = list(dict.fromkeys(names))
+    if not model.vocabulary or len(rows) > 50:
+        return save_grid(pixels, path, grid_columns(len(pixels), rows), text)
+    zoom = max(1, 64 // max(pixels.shape[2:]))
+    height, width = (zoom * side for side in pixels.shape[2:])
+    columns = math.ceil(len(pixels) / len(rows))
+    page = Image.new("RGB", (200 + columns * (width + 2), len(rows) * (height + 2)), "white")
+    for i, image in enumerate(to_images(pixels)):
+        place = (200 + i // len(rows) * (width + 2), i % len(rows) * (height + 2))
+        page.paste(image.resize((width, height), Image.NEAREST), place)
+    draw = ImageDraw.Draw(page)
+    for i, name in enumerate(rows):
         max_lines = max(1, height // 13)
         lines = textwrap.wrap(printable(name), 30, max_lines=max_lines, placeholder=" …")
-        draw.text((8, i * height + 4), "\n".join(lines), "black", ImageFont.load_default(12))
-    return save_png(labelled, path, text)
+        place = (4, i * (height + 2) + 4)
+        draw.text(place, "\n".join(lines), "black", ImageFont.load_default(12))
+    return save_png(page, path, text)
 
 def save_gif(frames, path):
     """Write up to 60 of the frames, (n, C, H, W) uint8 each, as an animation. Returns the path."""

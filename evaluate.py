@@ -40,7 +40,8 @@ FLAGS = {  # settings of ddpm.py that can be given here
     "places": ["model_path", "samples_dir"],
     "as the model's checkpoint has it, unless given": [
         "data_path", "download_dir", "num_samples", "sample_batch_size", "sampler",
-        "sampling_steps", "eta", "classes", "guidance", "ema", "seed", "device", "precision"]}
+        "sampling_steps", "eta", "classes", "prompt", "prompts", "guidance", "ema", "seed", "device",
+        "precision"]}
 MAX_COMPARED = 1000  # samples, and real images, whose nearest training images are looked for
 MAX_KID = 10_000  # images of a set for KID, which keeps their features
 
@@ -161,16 +162,19 @@ def summarise(prior, terms, losses, strata, num_values):
         loss=((loss * width).sum() / width.sum()).item(),
         by_timestep=by_timestep)
 
-def labels_of_model(images, class_names):
-    """The labels (N,) of all images as the model counts its classes; -1 for a class it does not
-    know."""
-    numbers = {name: i for i, name in enumerate(class_names)}
+def labels_of_model(images, model):
+    """The labels of all images as the model counts its words (N, L), or its classes (N,); -1 for a
+    class it does not know."""
+    if model.vocabulary:
+        captions = images.captions or [""] * len(images.labels)
+        return torch.tensor(ddpm.encode(captions, model.vocabulary))
+    numbers = {name: i for i, name in enumerate(model.class_names)}
     table = [numbers.get(name, -1) for name in images.all_class_names]
     return torch.tensor([*table, -1])[images.labels]  # label -1 picks the last
 
 def measure_rows(setup, rows, strata):
     """What `summarise` returns for the images in some rows, which are measured a few at a time."""
-    labels = labels_of_model(setup.images, setup.model.class_names)
+    labels = labels_of_model(setup.images, setup.model)
     device = setup.runtime.device
 
     def measure_part(part):
@@ -462,7 +466,8 @@ def load(given, features_path):
     runtime = ddpm.start_runtime(config)
     model = ddpm.model_from_checkpoint(checkpoint, path, config.ema).to(runtime.device)
     split_seed = ddpm.stored_config(checkpoint, path).seed  # it chose the validation images
-    images = ddpm.load_images(ddpm.override(config, seed=split_seed), runtime.device)
+    as_trained = dict(seed=split_seed, captions=bool(model.vocabulary))
+    images = ddpm.load_images(ddpm.override(config, **as_trained), runtime.device)
     require(images.channels == model.image_channels,
             f"{path} samples images of {model.image_channels} channels, and those in "
             f"{config.data_path} have {images.channels}: give the --data_path of its training.")
@@ -476,7 +481,10 @@ def load(given, features_path):
     if missing:  # in one process: all do without
         features = None
         print_entry("note", missing)
-    labels = ddpm.sample_labels(config.classes, model.class_names, config.num_samples)
+    if images.captions:  # sample what the images show, unless there is a --prompt
+        rows = ddpm.evenly_spaced(images.train, config.num_samples)
+        model.examples = [images.captions[row] for row in rows]
+    labels, _ = ddpm.sample_conditions(config, model)
     Path(config.samples_dir).mkdir(parents=True, exist_ok=True)  # fails now if that cannot be
     return Setup(
         path=path, trained_on=checkpoint.get("data"), config=config, runtime=runtime, model=model,
@@ -487,13 +495,14 @@ def sample(setup):
     """The samples to measure, uint8 (N, C, H, W), with a progress bar."""
     config = setup.config
     runtime = setup.runtime
-    num_batches = math.ceil(len(setup.labels) / runtime.world_size / config.sample_batch_size)
-    with tqdm(total=num_batches * config.sampling_steps, desc="sampling", unit="step", leave=False,
+    mine = ddpm.process_share(len(setup.labels))
+    total = math.ceil(len(mine) / config.sample_batch_size) * config.sampling_steps
+    with tqdm(total=total, desc="sampling", unit="step", leave=False,
               disable=not runtime.is_main) as bar:
-        batches = ddpm.sample_batches(
-            setup.model, setup.diffusion, config, setup.labels, runtime.precision,
-            ddpm.process_share(len(setup.labels)), lambda *_: bar.update())
-        return ddpm.gather_images([pixels for _, pixels in batches], config, setup.model)
+        batches = [pixels for _, pixels in ddpm.sample_batches(
+            setup.model, setup.diffusion, config, setup.labels, runtime.precision, mine,
+            lambda *_: bar.update())]
+    return ddpm.gather_images(batches, config, setup.model)
 
 def measure(setup, bpd_timesteps, bpd_images):
     """Measure a Setup, in all processes: `Measured`."""
@@ -522,6 +531,9 @@ def describe(setup, measured):
     if len(measured.strata) < setup.diffusion.T:
         coverage = (f"t = 0 and {len(measured.strata) - 1} ranges of timesteps, an image at a "
                     "random one of each")
+    asked = f"classes {config.classes or 'all'}"
+    if setup.model.vocabulary:
+        asked = "captions as asked for" if config.prompt or config.prompts else "training captions"
     features = None
     if setup.features:
         features = f"{setup.features_name}; KID +- is the standard deviation over its subsets"
@@ -532,7 +544,7 @@ def describe(setup, measured):
                f"({images.fingerprint})",
         samples=f"{measured.num_samples:,}: {config.sampler}, {config.sampling_steps} steps, "
                 f"trailing spacing, x0 clipped, guidance {config.guidance:g}, seed {config.seed}, "
-                f"classes {config.classes or 'all'}",
+                f"{asked}",
         bound=f"{setup.num_values:,} values per image; {coverage}; variance fixed-small, at t = 0 "
               "that of t = 1; x0 clipped; labels given, no guidance; +- is the standard error "
               "over images",
