@@ -2464,7 +2464,7 @@ def print_banner(config, state, runtime, abar_T, origin):
     images = state.images
     n = len(images.train)
     parameters = sum(p.numel() for p in state.model.parameters())
-    labels = images.labels[images.train]
+    labels = images.labels[images.train] if images.all_class_names else torch.empty(0).long()
     counts = torch.bincount(labels[labels >= 0], minlength=len(images.all_class_names)).tolist()
     if state.total_steps:
         seen = state.total_steps * config.batch_size
@@ -2487,7 +2487,7 @@ def print_banner(config, state, runtime, abar_T, origin):
           f"{step_folder(config.model_path).resolve()}")
     for note in images.notes:
         print(printable(note))
-    if classes and max(counts) > 10 * min(counts):
+    if counts and max(counts) > 10 * min(counts):
         print("warning: the classes are far out of balance; expect the small ones to look worse")
     if abar_T > 0.01:
         print("warning: abar_T is above 0.01: sampling starts from purer noise than the network "

@@ -124,7 +124,9 @@ def test_odd_metadata_does_what_people_expect(images):
         f.write("\n\n")
     captions, source = captions_of(images)
     assert captions["red.png"] == "last" and captions["blue.png"] == ""
-    assert captions["yellow.png"] == "ein gelbes Stück 黄色" and captions["green.png"] == long.strip()
+    assert (
+        captions["yellow.png"] == "ein gelbes Stück 黄色" and captions["green.png"] == long.strip()
+    )
     told = "\n".join(source.notes)
     assert "1 images again: the last caption counts" in told
     assert "1 images that are not there" in told and "gone.png" in told
@@ -133,7 +135,7 @@ def test_odd_metadata_does_what_people_expect(images):
     assert data.labels.shape == (4, ddpm.MAX_WORDS) and "stück" in data.vocabulary
     assert max(map(len, data.examples)) <= 300
     assert "3 of 4 images have one, 1 cut at 64 words; 10 different words" in (
-        ddpm.describe_captions(data)
+        ddpm.describe_labels(data, [])
     )
 
 
@@ -234,7 +236,10 @@ def test_attention_is_that_of_pytorch_over_pixels_and_words():
 
 def test_nets_with_classes_or_nothing_have_no_text_weights():
     def names(*args):
-        return {name for name, _ in ddpm.UNet(3, 8, (1, 2), 1, "full", (1,), 0.0, *args).named_parameters()}
+        return {
+            name
+            for name, _ in ddpm.UNet(3, 8, (1, 2), 1, "full", (1,), 0.0, *args).named_parameters()
+        }
 
     assert not [name for name in names(5) if "text" in name]
     new = names(0, 1, 9) - names(0)
@@ -284,7 +289,9 @@ def sample(path, *flags):
 def test_a_prompt_brings_its_colour(captioned):
     _, path = captioned
     asked = ["a blue square", "yellow", "A RED SQUARE, please"]
-    config = ddpm.Config(model_path=str(path), prompt=tuple(asked), num_samples=6, sampling_steps=10)
+    config = ddpm.Config(
+        model_path=str(path), prompt=tuple(asked), num_samples=6, sampling_steps=10
+    )
     pixels = ddpm.sample(ddpm.override(config, samples_dir=str(path.parent / "prompted")))
     found = pixels[:, :, 6:10, 6:10].float().mean((2, 3))  # (6, 3), the middles
     every = torch.tensor(list(COLOURS.values())).float()  # red, green, blue, yellow
@@ -311,7 +318,11 @@ def test_the_model_carries_words_and_examples(captioned):
 def test_prompts_on_the_command_line(captioned, main, tmp_path, capsys):
     _, path = captioned
     (tmp_path / "list.txt").write_text("a red square\n\n  green \n")
-    own = ("--samples_dir", tmp_path / "s", "--num_samples 3 --sampling_steps 2 --individual single")
+    own = (
+        "--samples_dir",
+        tmp_path / "s",
+        "--num_samples 3 --sampling_steps 2 --individual single",
+    )
     assert sample(path, "--prompts", tmp_path / "list.txt", *own) == 0
     for i, prompt in enumerate(("a red square", "green", "a red square")):
         with Image.open(tmp_path / "single" / f"{i:05d}.png") as image:
@@ -370,17 +381,19 @@ def test_resuming_is_exact_and_other_captions_are_refused(images, tmp_path, quic
     a, b = (checkpoint(tmp_path / run / "model.pt") for run in "ab")
     assert a["step"] == b["step"] == 6 and ", captions " in a["data"]
     assert all(torch.equal(a[k][name], b[k][name]) for k in ("weights", "ema") for name in a[k])
-    decoded = sorted((tmp_path / "b" / "data" / "decoded").iterdir())
+    decoded = sorted((tmp_path / "b" / "data" / ".decoded").iterdir())
     write_jsonl(images, [("red.png", "another")])
     capsys.readouterr()
     assert exit_code(ddpm.main, *resume, "--steps 9") == 1
     assert "was trained on other data" in capsys.readouterr().err
-    assert sorted((tmp_path / "b" / "data" / "decoded").iterdir()) == decoded
+    assert sorted((tmp_path / "b" / "data" / ".decoded").iterdir()) == decoded
 
 
 def test_init_from_drops_the_words_of_another_vocabulary(captioned, tmp_path, quick_plots, capsys):
     _, path = captioned
-    other = write_jsonl(write_images(tmp_path / "other" / "data"), {**CAPTIONS, "red.png": "purple"}.items())
+    other = write_jsonl(
+        write_images(tmp_path / "other" / "data"), {**CAPTIONS, "red.png": "purple"}.items()
+    )
     for data, missing in ((captioned[0], "new: none"), (other, "new: text.words.weight")):
         assert train(tmp_path / "run", data, "--steps 1 --init_from", path) == 0
         assert missing in capsys.readouterr().out
