@@ -264,7 +264,9 @@ FLOWERS = LITERAL | dict(
     data_path="flowers102", max_images=1000, loss="l1", batch_size=64, num_samples=16)
 PRESETS = {
     "animals": dict(),
-    "animals_text": dict(data_path="animals_text_data", steps=8000),
+    "animals_text": dict(
+        data_path="animals_text_data", batch_size=32, steps=8200, num_samples=24,
+        save_every=1000, sample_every=1000),
     "fashion_mnist": FASHION | dict(
         channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
         guidance=1.5, sampling_steps=30),
