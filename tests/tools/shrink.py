@@ -17,7 +17,8 @@ def shrink(source, target):
     """Write what `ddpm.load_model` needs of a checkpoint. Returns the path."""
     checkpoint = ddpm.read_checkpoint(source)
     weights = checkpoint["ema"] if "ema" in checkpoint else checkpoint["weights"]
-    small = {key: checkpoint[key] for key in ("format", "config", "classes", "channels")}
+    needed = ("format", "config", "classes", "channels", "vocabulary", "examples")
+    small = {key: checkpoint[key] for key in needed if key in checkpoint}
     places = ("download_dir", "model_path", "samples_dir")  # mean nothing on another machine
     small["config"] |= {name: getattr(ddpm.Config, name) for name in places}
     small["weights"] = {
