@@ -13,13 +13,14 @@ import functools
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import ddpm  # noqa: E402
@@ -224,10 +225,42 @@ def interpolation():
     return save_rows("interpolation", [""] * 7, rows)
 
 
+PROMPTS = (  # four that training could have shown, and four with a combination that it did not
+    "portrait of a black cat with a red bow tie in the snow",
+    "a sitting blue dog wearing yellow glasses by the sea",
+    "an orange lion with green eyes in a meadow",
+    "night: a pink tiger wearing a blue hat",
+    "a white tiger in the snow",
+    "portrait of a pink elephant wearing a yellow scarf",
+    "an orange cat wearing a green bow tie at night",
+    "portrait of a blue lion by the sea",
+)
+
+
+def prompts():
+    """Eight prompts above a sample of each."""
+    model, diffusion, config = load("animals_text.pt")
+    config = ddpm.override(config, prompt=PROMPTS, num_samples=len(PROMPTS), seed=0)
+    labels, _ = ddpm.sample_conditions(config, model)
+    pixels = ddpm.sample_images(model, diffusion, config, labels, "fp32")
+    side = 3 * pixels.shape[-1]
+    cell = (side + 8, side + 44)
+    page = Image.new("RGB", (4 * cell[0], 2 * cell[1]), "white")
+    draw = ImageDraw.Draw(page)
+    for i, (text, image) in enumerate(zip(PROMPTS, ddpm.to_images(pixels))):
+        x, y = i % 4 * cell[0] + 4, i // 4 * cell[1]
+        lines = "\n".join(textwrap.wrap(text, 32))
+        draw.text((x, y + 4), lines, "black", ImageFont.load_default(12))
+        page.paste(image.resize((side, side), Image.NEAREST), (x, y + 40))
+    path = DOCS / "prompts.png"
+    ddpm.save_png(page, path)
+    return path
+
+
 PICTURES = {
     picture.__name__: picture
     for picture in (animals, fashion_mnist, clothes, nearest, training_times, denoising_steps,
-                    denoising, inpainting, guidance, image_to_image, interpolation)
+                    denoising, inpainting, guidance, image_to_image, interpolation, prompts)
 }
 
 
