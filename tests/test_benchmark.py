@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import benchmark
+import draw
 import numpy as np
 import pytest
 import shrink
@@ -405,8 +406,94 @@ def test_our_training_step_is_that_of_train(monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(before, network.parameters()))
 
 
+# ---- prompts
+
+
+def test_every_second_prompt_says_an_unseen_combination_and_no_other_does():
+    pairs = [set(draw.combination(words).items()) for words in draw.UNSEEN]
+    prompts = benchmark.make_prompts(200, 1)
+    assert len({p.text for p in prompts}) > 180
+    for i, prompt in enumerate(prompts):
+        assert prompt.asked.items() <= prompt.shown.items()
+        assert bool(prompt.pair) == bool(i % 2)
+        has_pair = any(pair <= set(prompt.asked.items()) for pair in pairs)
+        assert has_pair == bool(prompt.pair), prompt.text
+    counts = [sum(p.pair == draw.combination(words) for p in prompts) for words in draw.UNSEEN]
+    assert counts == [10] * 10
+    assert prompts[:50] == benchmark.make_prompts(50, 1)
+    assert prompts[:50] != benchmark.make_prompts(50, 2)
+
+
+def test_a_row_counts_what_prompts_ask_for_and_nothing_else():
+    white_tiger = dict(animal="tiger", coat="white")
+    asked = [white_tiger | dict(accessory="none"),
+             white_tiger | dict(accessory="hat", colour="red", background="snow")]
+    found = [white_tiger | dict(eyes="blue", pose="sitting", accessory="none", colour="green",
+                                background="sea"),
+             dict(animal="tiger", coat="black", eyes="blue", pose="sitting", accessory="hat",
+                  colour="blue", background="snow")]
+    prompts = [benchmark.Prompt("", words, words, white_tiger) for words in asked]
+    row = benchmark.prompts_row("both", benchmark.attribute_labels(found), prompts)
+    assert cells(row) == ["both", "100.0%", "50.0%", "", "", "100.0%", "0.0%", "100.0%",
+                          "75.0%", "50.0%", "50.0%"]
+
+
+def striped(shown, seed, index):
+    """An image whose attributes are easily read: the brightness of seven bars across it."""
+    image = np.zeros((28, 28, 3), np.uint8)
+    for i, (name, values) in enumerate(draw.ATTRIBUTES.items()):
+        if name in shown:
+            image[4 * i : 4 * i + 4] = 50 * (1 + values.index(shown[name]))
+    return Image.fromarray(image)
+
+
+def test_images_of_the_prompts_score_as_drawings_do_and_shuffled_ones_by_chance(run, monkeypatch):
+    """A model that does what is asked at guidance 1, and shows one image at guidance 2."""
+    monkeypatch.setattr(draw, "captioned_picture", striped)
+
+    def sample(loaded, prompts, guidance, args):
+        shown = [(p if guidance == 1 else prompts[0]).shown for p in prompts]
+        return benchmark.drawings(shown, 0).pixels
+
+    monkeypatch.setattr(benchmark, "load_captioned", lambda path: None)
+    monkeypatch.setattr(benchmark, "sample_prompts", sample)
+    code, text, err = run("prompts --model m.pt --samples 120 --drawings 400 --sheet s/sheet.png",
+                          "--classifier_images 5000 --guidance 2 1")
+    assert code == 0, err
+    rows = table(text)
+    names = ["drawings", "guidance 2", "guidance 1", "the last, shuffled"]
+    assert [row.pop("") for row in rows] == [
+        f"{name}, {kind}" for name in names for kind in ("seen", "unseen")]
+    assert rows[4:6] == rows[0:2]
+    for row in rows[0:2]:
+        assert float(row["all"].strip("%")) > 90
+    for row in [*rows[2:4], *rows[6:]]:
+        assert 15 < float(row["all"].strip("%")) < 45
+        assert float(row["prompt"].strip("%")) < 10
+    assert rows[0]["pair"] == "" and float(rows[1]["pair"].strip("%")) > 80
+    assert float(rows[7]["pair"].strip("%")) < 30
+    assert Image.open("s/sheet.png").width > 1000
+
+
+def test_a_model_of_captions_is_measured_and_one_of_classes_refused(run, model, tmp_path):
+    prompts = benchmark.make_prompts(200, 0)
+    vocabulary = sorted({word for p in prompts for word in ddpm.split_words(p.text)})
+    config = ddpm.Config(channels=8, channel_mults=(1, 2), timesteps=50, sampling_steps=2)
+    network = randomise(ddpm.build_model(config, 3, [], vocabulary))
+    torch.save(dict(format=ddpm.FORMAT, config=dataclasses.asdict(config), channels=3, classes=[],
+                    vocabulary=vocabulary, weights=network.state_dict()), tmp_path / "text.pt")
+    flags = "prompts --samples 4 --drawings 8 --classifier_images 64 --guidance 2 --model"
+    code, text, err = run(flags, tmp_path / "text.pt", "--sampling_steps 2")
+    assert code == 0, err
+    assert len(table(text)) == 6
+    code, _, err = run(flags, model)
+    assert code == 1
+    assert "was trained without captions" in err
+
+
 def test_every_command_has_help(capsys):
-    for name in ("quality", "rivals", "samplers", "features", "throughput", "sampling", "overhead"):
+    for name in ("quality", "rivals", "samplers", "features", "throughput", "sampling", "overhead",
+                 "prompts"):
         with pytest.raises(SystemExit):
             benchmark.main([name, "--help"])
         assert "usage" in capsys.readouterr().out

@@ -9,6 +9,7 @@
         --repeats 30 --fast
     python tests/tools/benchmark.py sampling                      # 64 samples, side by side
     python tests/tools/benchmark.py overhead --images 100000      # time around the network
+    python tests/tools/benchmark.py prompts --model MODEL.pt      # does it show what it is asked for?
 
 Rivals are those of `pip install diffusers denoising-diffusion-pytorch`; every program runs in a
 process of its own. Rates are medians of programs that take turns in one run.
@@ -34,6 +35,17 @@ any, the errors are of training images, and the heading says so.
                 a table, with no other
     recognised  fraction that the classifier takes for the class asked for; confident: that it gives
                 a probability above 0.9 to any class
+
+The table of `prompts`, for a model of captioned drawings without the combinations of draw.UNSEEN
+(`animal_data/draw.py --captions --without unseen`). A classifier of all attributes is trained on
+other drawings. Every second prompt, "unseen", has such a combination. Cells are fractions of what
+the prompts ask for that is recognised:
+
+    animal ... background  this attribute, in the prompts that ask for it; a prompt without an
+                accessory asks for none
+    all         all of these together, the mean over what is asked for
+    prompt      prompts of which everything is recognised
+    pair        unseen prompts of which both halves of the combination are recognised
 """
 
 import argparse
@@ -44,9 +56,11 @@ import hashlib
 import json
 import math
 import multiprocessing
+import random
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
@@ -61,7 +75,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "animal_data")]
+
+import draw  # noqa: E402
 
 import ddpm  # noqa: E402
 from ddpm import require  # noqa: E402
@@ -151,10 +168,10 @@ def num_copies(images, others):
 
 
 class Classifier(nn.Module):
-    """A small convolutional classifier. features(x): (N, 64), for images (N, C, size, size) in
-    [-1, 1] without a border."""
+    """A small convolutional classifier. features(x): (N, num_features), for images (N, C, size,
+    size) in [-1, 1] without a border."""
 
-    def __init__(self, channels, size, num_classes):
+    def __init__(self, channels, size, num_classes, num_features=64):
         super().__init__()
         layers = []
         width = 32
@@ -170,9 +187,9 @@ class Classifier(nn.Module):
             channels = width
             width = min(2 * width, 128)
         self.features = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(channels * size**2, 64), nn.ReLU())
+            *layers, nn.Flatten(), nn.Linear(channels * size**2, num_features), nn.ReLU())
         self.dropout = nn.Dropout(0.3)
-        self.head = nn.Linear(64, num_classes)
+        self.head = nn.Linear(num_features, num_classes)
 
     def forward(self, x):
         return self.head(self.dropout(self.features(x)))
@@ -192,19 +209,18 @@ def augment(x):
     return torch.where(mirrored, shifted.flip(3), shifted)
 
 
-def train_classifier(real, num_images, batch_size=64):
-    """A Classifier in eval mode after so many training images seen; seeded."""
-    torch.manual_seed(0)
-    pixels, labels = real.train
-    known = torch.nonzero(labels >= 0)[:, 0]
-    model = Classifier(pixels.shape[1], real.image_size, len(real.class_names))
+def train_classifier(model, train, image_size, num_images, loss_fn=F.cross_entropy, batch_size=64):
+    """Train a Classifier until it has seen so many images of `train`, Labelled. Returns it in eval
+    mode."""
+    pixels, labels = train
+    known = torch.nonzero(labels.view(len(labels), -1).amax(1) >= 0)[:, 0]
     steps = math.ceil(num_images / batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, max(steps, 2))
     for _ in tqdm(range(steps), "classifier", leave=False, mininterval=5):
         rows = known[torch.randint(len(known), (batch_size,))]
-        x = augment(ddpm.to_network(ddpm.crop(pixels[rows], real.image_size)))
-        loss = F.cross_entropy(model(x), labels[rows])
+        x = augment(ddpm.to_network(ddpm.crop(pixels[rows], image_size)))
+        loss = loss_fn(model(x), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -224,11 +240,12 @@ def load_classifier(real, folder, num_images=None):
     for tensor in real.train:
         digest.update(tensor.contiguous().numpy())
     path = Path(folder, f"classifier_{digest.hexdigest()[:16]}.pt")
+    torch.manual_seed(0)
+    model = Classifier(real.train.pixels.shape[1], real.image_size, len(real.class_names))
     if path.exists():
-        model = Classifier(real.train.pixels.shape[1], real.image_size, len(real.class_names))
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval().requires_grad_(False)
-    model = train_classifier(real, num_images)
+    model = train_classifier(model, real.train, real.image_size, num_images)
     ddpm.atomic_write(path, lambda f: torch.save(model.state_dict(), f))
     return model
 
@@ -1069,6 +1086,145 @@ def overhead(args):
     print(f"| all of these | {sum(spent.values()) / total:.2%} |")
 
 
+# -------------------------------------------------------------------------------------- prompts
+
+# text; asked: the attributes that it says; shown: those of a drawing of it; pair: the combination
+# of draw.UNSEEN that it has, or None
+Prompt = namedtuple("Prompt", "text asked shown pair")
+SIZES = [len(values) for values in draw.ATTRIBUTES.values()]
+
+
+def make_prompts(n, seed):
+    """n Prompts; every second has a combination of draw.UNSEEN, each of these in turn."""
+    pairs = draw.combinations(draw.UNSEEN)
+    prompts = []
+    for i in range(n):
+        rng = random.Random(f"{seed}/prompt/{i}")
+        pair = pairs[i // 2 % len(pairs)] if i % 2 else None
+        asked = {}
+        while not asked or (pair and not draw.has(asked, pair)):
+            shown = draw.choose(rng, () if pair else pairs)
+            asked = draw.mention(shown, rng)
+        prompts.append(Prompt(draw.caption(asked, rng), asked, shown, pair))
+    return prompts
+
+
+def attribute_labels(described):
+    """The numbers of the values, (N, attributes) int64, of [{attribute: value}]; -1: none."""
+    names = draw.ATTRIBUTES.items()
+    rows = [[values.index(d[name]) if name in d else -1 for name, values in names]
+            for d in described]
+    return torch.tensor(rows)
+
+
+def drawings(shown, seed):
+    """Drawings of [{attribute: value}]: Labelled, labels (N, attributes)."""
+    pixels = [np.asarray(draw.captioned_picture(attributes, seed, i))
+              for i, attributes in enumerate(tqdm(shown, "drawings", leave=False, mininterval=5))]
+    return Labelled(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), attribute_labels(shown))
+
+
+def attribute_loss(logits, labels):
+    """The sum over the attributes, for labels (N, attributes)."""
+    parts = zip(logits.split(SIZES, 1), labels.T)
+    return sum(F.cross_entropy(part, label, ignore_index=-1) for part, label in parts)
+
+
+def train_attribute_classifier(num_drawings, num_images):
+    """A Classifier whose classes are the values of all attributes."""
+    shown = [draw.captioned("classifier", i)[0] for i in range(num_drawings)]
+    train = drawings(shown, "classifier")
+    torch.manual_seed(0)
+    image_size = train.pixels.shape[-1]
+    model = Classifier(3, image_size, sum(SIZES), num_features=256)
+    return train_classifier(model, train, image_size, num_images, attribute_loss)
+
+
+def recognise(classifier, pixels):
+    """The attributes of images (N, C, H, W) uint8: numbers of the values, (N, attributes)."""
+    probabilities = classify(classifier, pixels)[1]
+    return torch.stack([part.argmax(1) for part in probabilities.split(SIZES, 1)], 1)
+
+
+def fraction(right):
+    """A cell of the table: the mean of (N,) bool, or nothing for N = 0."""
+    return f"{right.float().mean():.1%}" if len(right) else ""
+
+
+def prompts_row(name, found, prompts):
+    """A line of the table. found: attributes of the prompts' images, as `recognise` has them."""
+    asked = attribute_labels([p.asked for p in prompts])
+    right = found == asked
+    pairs = attribute_labels([p.pair or {} for p in prompts])
+    has_pair = (pairs >= 0).any(1)
+    cells = [fraction(right[asked[:, i] >= 0, i]) for i in range(len(SIZES))]
+    cells.append(fraction(right[asked >= 0]))
+    cells.append(fraction((right | (asked < 0)).all(1)))
+    cells.append(fraction(((found == pairs) | (pairs < 0)).all(1)[has_pair]))
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def print_prompts_rows(name, found, prompts):
+    """The lines of the seen and the unseen combinations."""
+    for start, kind in enumerate(("seen", "unseen")):
+        print(prompts_row(f"{name}, {kind}", found[start::2], prompts[start::2]), flush=True)
+
+
+def load_captioned(path):
+    """The model, diffusion and Config of a checkpoint that was trained on captioned drawings."""
+    model, diffusion, config = ddpm.load_model(path)
+    require(model.vocabulary, f"{path} was trained without captions: give a model of drawings by "
+            "animal_data/draw.py --captions.")
+    return model, diffusion, config
+
+
+def sample_prompts(loaded, prompts, guidance, args):
+    """An image a prompt, uint8 (N, C, size, size)."""
+    model, diffusion, config = loaded
+    texts = tuple(p.text for p in prompts)
+    config = ddpm.override(config, prompt=texts, num_samples=len(texts), seed=args.seed,
+                           guidance=guidance, sampling_steps=args.sampling_steps)
+    labels, _ = ddpm.sample_conditions(config, model)
+    precision = ddpm.choose_precision("auto", torch.device("cpu"))
+    return ddpm.sample_images(model, diffusion, config, labels, precision)
+
+
+def write_sheet(pixels, prompts, path):
+    """A PNG of images with their prompts below, eight a row."""
+    columns = 8
+    rows = math.ceil(len(prompts) / columns)
+    figure = ddpm.new_figure(1.6 * columns, 2.2 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
+        ax.axis("off")
+    for ax, image, prompt in zip(axes, ddpm.to_images(pixels), prompts):
+        ax.imshow(image, interpolation="nearest")
+        text = textwrap.fill("unseen: " * bool(prompt.pair) + prompt.text, 24)
+        ax.text(0.5, -0.04, text, transform=ax.transAxes, ha="center", va="top", fontsize=6.5)
+    return ddpm.save_figure(figure, path)
+
+
+def prompts(args):
+    """Fractions of the attributes that prompts ask for and a classifier recognises, in combinations
+    that training showed and in others."""
+    loaded = load_captioned(args.model)
+    asked = make_prompts(args.samples, args.seed)
+    classifier = train_attribute_classifier(args.drawings, args.classifier_images)
+    columns = ["", *draw.ATTRIBUTES, "all", "prompt", "pair"]
+    print(f"\n### {args.model}, {len(asked)} prompts, {args.sampling_steps} steps\n\n"
+          f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    real = drawings([p.shown for p in asked], "prompts").pixels
+    print_prompts_rows("drawings", recognise(classifier, real), asked)
+    for guidance in args.guidance:
+        pixels = sample_prompts(loaded, asked, guidance, args)
+        found = recognise(classifier, pixels)
+        print_prompts_rows(f"guidance {guidance:g}", found, asked)
+    shuffled = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    print_prompts_rows("the last, shuffled", found[shuffled], asked)
+    if args.sheet:
+        ddpm.print_files([write_sheet(pixels[:40], asked[:40], args.sheet)])
+
+
 # --------------------------------------------------------------------------------- command line
 
 
@@ -1147,6 +1303,15 @@ def make_parser():
     add("--steps", type=int, default=3000)
     add("--images", type=int, metavar="N", help="on so many made-up images")
     add("--download_dir", default="data")
+    add = command(prompts)
+    add("--model", required=True, metavar="FILE", help="a checkpoint of captioned drawings")
+    add("--samples", type=int, default=500, help="prompts, an image each")
+    add("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    add("--sampling_steps", type=int, default=20)
+    add("--seed", type=int, default=1, help="of the prompts and samples")
+    add("--drawings", type=int, default=3000, help="that the classifier is trained on")
+    add("--classifier_images", type=int, default=30_000, help="that it sees: each several times")
+    add("--sheet", metavar="PNG", help="also write 40 prompts with their images")
     return parser
 
 
