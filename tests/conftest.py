@@ -32,6 +32,11 @@ def words(*flags):
     ]
 
 
+def slow(*values):
+    """Parameters of a long form of a test, which only --slow runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # Before the name of a program, for two processes of it.
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
 

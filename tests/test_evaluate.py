@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, places, tree, words
+from conftest import ROOT, TINY, places, slow, tree, words
 from PIL import Image
 
 import ddpm
@@ -701,7 +701,7 @@ def test_a_network_that_fails_is_reported_with_its_reason(run, half_trained, tmp
     assert "linear.pt fails (" in err and "Traceback" not in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [slow(2), 3])
 def test_several_processes_measure_what_one_does(
     processes, program, run, half_trained, script, tmp_path
 ):

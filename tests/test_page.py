@@ -13,7 +13,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_project, sample_tiny_pt
+from conftest import ROOT, make_project, sample_tiny_pt, slow
 from PIL import Image
 
 pytest.importorskip("streamlit", reason="the page needs Streamlit")
@@ -252,7 +252,7 @@ def test_bad_and_huge_uploads_get_a_sentence(visit, project):
     page.get_by_text("Strength").first.wait_for()  # a good one is taken afterwards
 
 
-@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("section", [SECTIONS[0], *map(slow, SECTIONS[1:])])
 def test_a_phone_shows_it_without_scrolling_sideways(visit, section):
     page = visit(section, viewport=dict(width=360, height=740))
     if section == "Generate":

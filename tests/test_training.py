@@ -29,6 +29,7 @@ from conftest import (
     metrics,
     places,
     randomise,
+    slow,
     tree,
     words,
 )
@@ -95,11 +96,18 @@ def whole(image_folder, tmp_path_factory):
     return state(folder)
 
 
-@pytest.mark.parametrize("previews", ["", "--sample_every 2"], ids=["plain", "with previews"])
 @pytest.mark.parametrize(
-    "stops",
-    [(3,), (6,), (7,), (6, 7)],
-    ids=["mid-epoch", "epoch's end", "after it", "twice in a row"],
+    "stops, previews",  # in mid-epoch, at its end, after it, and twice in a row
+    [
+        ((3,), ""),
+        slow((6,), ""),
+        slow((7,), ""),
+        slow((6, 7), ""),
+        slow((3,), "--sample_every 2"),
+        slow((6,), "--sample_every 2"),
+        slow((7,), "--sample_every 2"),
+        ((6, 7), "--sample_every 2"),
+    ],
 )
 def test_twelve_steps_equal_some_a_resume_and_the_rest(
     train, tmp_path, monkeypatch, whole, stops, previews
@@ -126,8 +134,8 @@ def test_the_comparison_of_checkpoints_can_fail(train, tmp_path):
 @pytest.mark.parametrize(
     "more",
     [
-        "--arch simple",
-        "--schedule linear --predict eps --loss l1",
+        slow("--arch simple"),
+        slow("--schedule linear --predict eps --loss l1"),
         "--optimizer adamw --weight_decay 0.1 --precision bf16",
         "--optimizer muon --weight_decay 0.1",
     ],
@@ -351,7 +359,7 @@ def test_two_processes_see_the_gradient_of_one_with_two_micro_batches(
     assert said.count("Wrote:") == said.count("plan  ") == 1, "only the first process prints"
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("before, after", [(1, 2), slow(2, 1)])
 def test_a_run_is_resumed_with_another_number_of_processes(
     train, two, image_folder, tmp_path, before, after
 ):
@@ -480,7 +488,7 @@ sys.exit(code)
     assert "exchanges 3\n" in two("--mode train", *more, file=counting)
 
 
-@pytest.mark.parametrize("number", [5, 1])
+@pytest.mark.parametrize("number", [5, slow(1)])
 def test_two_processes_sample_what_one_samples(two, main, trained, tmp_path, number):
     """Also where there is nothing to do for one of them."""
     flags = ["--mode sample --precision fp32 --device cpu --sampling_steps 3 --gif --individual"]
