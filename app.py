@@ -39,7 +39,7 @@ LAST_SEED = 2**53 - 1  # the largest number that browsers are sure of
 
 # ------------------------------------------------------------------------------------------- models
 
-INCLUDED = ("animals.pt", "fashion_mnist.pt")
+INCLUDED = ("animals.pt", "animals_text.pt", "fashion_mnist.pt")
 
 def model_files():
     """The models in saved_models/, newest first, and those included. No step checkpoints."""

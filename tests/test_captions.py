@@ -1,12 +1,13 @@
-"""Text to image: reading captions, the words, the text encoder, training on captions and prompts."""
+"""Text to image: reading captions, the words, the text encoder, training and prompts."""
 
 import csv
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, checkpoint, exit_code, places, randomise
+from conftest import ROOT, TINY, checkpoint, exit_code, places, randomise
 from PIL import Image
 
 import convert
@@ -423,3 +424,30 @@ def test_evaluate_measures_with_the_captions_of_the_images(captioned, tmp_path, 
     data, path = captioned
     flags = ("--model_path", path, "--data_path", data, "--samples_dir", tmp_path / "samples")
     assert exit_code(evaluate.main, *flags, "--bpd_timesteps 2 --num_samples 4") == 0
+
+
+def test_the_page_samples_prompts_and_names_a_word_never_read(
+    captioned, tmp_path, monkeypatch
+):
+    testing = pytest.importorskip("streamlit.testing.v1", reason="the page needs Streamlit")
+    (tmp_path / "saved_models").mkdir()
+    path = tmp_path / "saved_models" / "text.pt"
+    path.write_bytes(captioned[1].read_bytes())  # newest, and so the one that is chosen
+    monkeypatch.chdir(tmp_path)
+    page = testing.AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()
+    page.text_area[0].set_value("a blue square\nyellow")
+    page.button[0].click().run()
+    assert not page.exception and not page.error
+    kept = page.session_state["generated: Generate"]
+    shown = [np.asarray(Image.open(io.BytesIO(image))) for image in kept["images"]]
+    stored = ddpm.stored_config(ddpm.read_checkpoint(path), path)
+    config = ddpm.override(
+        stored, model_path=str(path), samples_dir=str(tmp_path), num_samples=len(shown),
+        prompt=("a blue square", "yellow")
+    )  # fmt: skip
+    expected = ddpm.sample(config).permute(0, 2, 3, 1).numpy()
+    assert all(np.array_equal(a, b) for a, b in zip(shown, expected, strict=True))
+    assert "yellow" in kept["names"][1]
+    page.text_area[0].set_value("a bleu square")
+    page.button[0].click().run()
+    assert "bleu" in page.error[0].value and "blue" in page.error[0].value
