@@ -1116,6 +1116,7 @@ def image_suffixes():
     with contextlib.suppress(ImportError):  # a plugin for .heic and .heif
         import pillow_heif
         pillow_heif.register_heif_opener()
+    Image.preinit()  # or opening would try rare formats before PNG and JPEG
     Image.init()
     kinds = Image.OPEN.keys() - NO_IMAGES
     registered = Image.registered_extensions()
