@@ -286,10 +286,8 @@ class Animal:
     gaze: float  # -1 looks left, 1 right
     lids: float  # how wide the eyes are open; 0 is shut and happy
     side: float  # how far the face is turned
-    wears: str = "collar"  # a dog's, or one of ACCESSORIES
+    wears: str = "collar"  # of a dog, or one of ACCESSORIES
     cloth: tuple = ()  # the colour of what it wears
-    wears: str = "collar"  # a dog's; or one of ACCESSORIES
-    cloth: tuple = ()  # colour of what it wears
 
 
 def eyes(pen, x, y, r, a, pupil):
@@ -779,7 +777,6 @@ ATTRIBUTES = {
     "background": tuple(PLACES),
 }
 
-
 # combinations for `--without unseen`, which a model that composes can show all the same
 UNSEEN = (
     "white tiger", "pink elephant", "blue lion", "black dog", "orange cat", "lion hat", "elephant glasses",
@@ -801,7 +798,9 @@ def attribute_words():
 
 def combination(text):
     """The attributes that a few words of captions name: "white tiger", "lion green hat"."""
-    words, found, rest = attribute_words(), {}, f" {' '.join(text.lower().split())} "
+    words = attribute_words()
+    found = {}
+    rest = f" {' '.join(text.lower().split())} "
     for name in sorted(words, key=len, reverse=True):
         if f" {name} " in rest:
             rest = rest.replace(f" {name} ", " ", 1)
@@ -849,7 +848,8 @@ def caption(said, rng):
     """A sentence that says these attributes, in one of three forms; at most 16 tokens."""
     place = f" {PLACES[said['background']]}" if "background" in said else ""
     worn = " ".join(said[name] for name in ("colour", "accessory") if said.get(name, "none") != "none")
-    worn = worn if not worn or said["accessory"] == "glasses" else f"a {worn}"
+    if worn and said["accessory"] != "glasses":
+        worn = f"a {worn}"
     eyes = f"{said['eyes']} eyes" if "eyes" in said else ""
     portrait = said.get("pose") == "portrait"
     animal = " ".join(said[name] for name in ("coat", "animal") if name in said)
@@ -877,7 +877,7 @@ def captioned(seed, index, without=()):
 
 
 def captioned_picture(shown, seed, index):
-    """Draws picture number `index` with these attributes, 64 x 64 pixels."""
+    """Draws picture number `index` with these attributes, 64 x 64 pixels, painted three times as large."""
     rng = random.Random(f"{seed}/captioned/{index}")
     kind = shown["animal"]
     base, light, marks, mane = (ImageColor.getrgb(f"#{c}") for c in PAINTS[shown["coat"]].split())
@@ -885,11 +885,15 @@ def captioned_picture(shown, seed, index):
     nose = INK if kind == "dog" else PINK
     marks = mix(base, PINK, 0.8) if kind == "elephant" else marks  # inside its ears
     coat = Coat(base, light, marks, IRISES[shown["eyes"]], nose, pattern, "floppy", mane)
-    mouth, gaze, side = rng.choice(("smile", "open")), rng.uniform(-1, 1), rng.uniform(-0.1, 0.1)
-    a = Animal(kind, coat, rng, mouth, gaze, 1.0, side, shown["accessory"], CLOTHS.get(shown.get("colour")))
-    pen, pose = Pen(), "head" if shown["pose"] == "portrait" else "sit"
+    mouth = rng.choice(("smile", "open"))
+    gaze = rng.uniform(-1, 1)
+    side = rng.uniform(-0.1, 0.1)
+    cloth = CLOTHS.get(shown.get("colour"))
+    a = Animal(kind, coat, rng, mouth, gaze, 1.0, side, shown["accessory"], cloth)
+    pen = Pen()
+    pose = "head" if shown["pose"] == "portrait" else "sit"
     DRAW[pose](pen, a)
-    return framed(pen, pose, shown["background"], rng, 192, 3)
+    return framed(pen, pose, shown["background"], rng, 3 * 64, 3)
 
 
 def draw_captioned(out, count, seed, without):
