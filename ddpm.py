@@ -109,13 +109,11 @@ RESUME = ("resume",)
 SAMPLE = ("sample",)
 BOTH = ("resume", "sample")
 
-def flag(default, meaning, low=None, high=None, choices=None, group=None, change_on=(),
-         stored=True):
+def flag(default, meaning, low=None, high=None, choices="", group="", change_on=(), stored=True):
     """A setting. choices: separated by blanks. group: the heading in --help that it begins.
     change_on: see above. stored: False if the value in a checkpoint is never used."""
-    metadata = dict(meaning=meaning, low=low, high=high, group=group, change_on=change_on,
-                    stored=stored)
-    metadata["choices"] = choices.split() if choices else None
+    metadata = dict(meaning=meaning, low=low, high=high, choices=choices.split() or None,
+                    group=group, change_on=change_on, stored=stored)
     return dataclasses.field(default=default, metadata=metadata)
 
 DATASETS = {  # torchvision's name of each
@@ -132,8 +130,7 @@ class Config:
     download_dir: str = flag("data", "folder for downloads and decoded images", change_on=RESUME)
     image_size: int | str = flag(64, "side of square images in pixels, or WIDTHxHEIGHT", 8, 1024)
     resize: str = flag("crop", "how to resize images of another shape", choices="crop pad stretch")
-    captions: bool = flag(True, "condition on the captions of the images, where there are any",
-                          change_on=RESUME)
+    captions: bool = flag(True, "condition on captions, where there are any", change_on=RESUME)
     max_images: int | None = flag(None, "use at most N random images (default: all)", 1, 10**12)
     hflip: bool = flag(False, "mirror half of the training images, left to right")
     holdout: float = flag(0.0, "fraction of the images kept for validation", 0, 0.9)
@@ -162,8 +159,7 @@ class Config:
     steps: int | None = flag(1350, "length of training in steps", 1, 10**12, group="training",
                              change_on=RESUME)
     epochs: float | None = flag(None, "its length in epochs instead", 1e-6, 1e9, change_on=RESUME)
-    minutes: float | None = flag(None, "its time budget in minutes instead", 1e-3, 1e7,
-                                 change_on=RESUME)
+    minutes: float | None = flag(None, "its length in minutes instead", 1e-3, 1e7, change_on=RESUME)
     batch_size: int = flag(16, "images per optimiser step, over all processes", 1, 10**6)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change_on=RESUME)
     lr: float = flag(2.5e-3, "learning rate after warm-up", 1e-9, 10, change_on=RESUME)
@@ -176,8 +172,7 @@ class Config:
     precision: str = flag("auto", "number format of the network; auto: bf16 where it is built in",
                           choices="auto fp32 bf16 fp16", change_on=BOTH)
     compile: bool = flag(False, "torch.compile the network: for long GPU runs", change_on=RESUME)
-    checkpointing: bool = flag(False, "recompute activations to save memory (unet)",
-                               change_on=RESUME)
+    checkpointing: bool = flag(False, "recompute activations for memory (unet)", change_on=RESUME)
     device: str = flag("auto", "where to compute", choices="auto cpu cuda mps", change_on=BOTH)
     seed: int = flag(0, "seed of everything random", 0, 2**63 - 1, change_on=SAMPLE)
     resume: str | None = flag(None, "resume a run: from this step checkpoint, or the latest",
@@ -341,8 +336,7 @@ def check_value(name, value, field):
         values = image_sides(value)
     low, high = field.metadata["low"], field.metadata["high"]
     for v in values:
-        has_zero_byte = type(v) is str and "\0" in v  # which no file name may have
-        require(type(v) in types and not has_zero_byte, wrong_type)
+        require(type(v) in types and "\0" not in str(v), wrong_type)  # no file name may have \0
         if low is not None and v is not None:
             require(low <= v <= high, f"--{name} {v} is out of range: give {low} to {high}.")
 
@@ -367,32 +361,25 @@ def check_sampling(config):
     require(config.interpolate != config.seed,
             f"--interpolate {config.interpolate} is --seed as well: give two different ones.")
 
-def without_effect(config):
-    """Settings that a Config does not make use of, {name: the flag that is why}."""
-    arch = f"--arch {config.arch}"
-    unused = {}
-    if config.arch != "unet":
-        names = ("channel_mults", "patch", "res_blocks", "attention", "attention_at", "dropout")
-        unused = dict.fromkeys(names, arch)
-    if config.arch == "resnet18":
-        unused["channels"] = arch
-    else:
-        unused["pretrained"] = arch
-    if config.attention == "none":
-        unused["attention_at"] = "--attention none"
-    if config.sampler != "ddim":
-        unused["eta"] = f"--sampler {config.sampler}"
-    if config.guidance == 0:  # 1 is off
-        unused |= dict.fromkeys(("classes", "prompt", "prompts"), "--guidance 0")
-    if config.prompts:
-        unused["prompt"] = "--prompts"
-    return unused
+UNUSED = {  # settings that have no effect with the value of another
+    ("arch", "unet"): "pretrained",
+    ("arch", "simple"): "channel_mults patch res_blocks attention attention_at dropout pretrained",
+    ("arch", "resnet18"): "channels channel_mults patch res_blocks attention attention_at dropout",
+    ("attention", "none"): "attention_at",
+    ("sampler", "ddpm"): "eta",
+    ("sampler", "dpm++"): "eta",
+    ("guidance", 0): "classes prompt prompts",  # 1 is off
+}
 
 def warn_of_unused(config, given):
     """Print which of the settings `given` have no effect."""
-    for name, reason in without_effect(config).items():
-        if given.get(name, FIELDS[name].default) != FIELDS[name].default:
-            print(f"warning: --{name} has no effect with {reason}")
+    changed = {name for name, value in given.items() if value != FIELDS[name].default}
+    for (setting, value), names in UNUSED.items():
+        if getattr(config, setting) == value:
+            for name in changed.intersection(names.split()):
+                print(f"warning: --{name} has no effect with --{setting} {value}")
+    if changed >= {"prompt", "prompts"}:
+        print("warning: --prompt has no effect with --prompts")
 
 def check_network(config):
     require(config.channel_mults, "--channel_mults is empty: give a number per stage, as in 1 2 2.")
@@ -417,8 +404,8 @@ def padded(side):
     return 32 if side == 28 else side
 
 def padded_sides(image_size):
-    """(height, width) of the images in the network, with the border."""
-    return tuple(padded(side) for side in image_sides(image_size))
+    """(height, width) of the images in the network."""
+    return tuple(map(padded, image_sides(image_size)))
 
 def nearest_sizes(config, height, width):
     """The --image_size next below and above a height and a width that the network can take."""
@@ -1010,8 +997,10 @@ def build_model(config, image_channels, class_names, vocabulary=(), examples=())
 
 # Formats that Pillow lists but are no images, or that it needs another program to open.
 NO_IMAGES = {"PDF", "EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
-ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
-ARRAYS = {".npy", ".npz", ".mat", ".h5", ".hdf5", ".pkl", ".parquet", ".tfrecord", ".csv"}
+ADVICE = {  # about files that are no images
+    "unpack archives": ".zip .tar .gz .tgz .bz2 .xz .7z .rar",
+    "convert arrays to images": ".npy .npz .mat .h5 .hdf5 .pkl .parquet .tfrecord .csv",
+    "for .heic: pip install pillow-heif": ".heic .heif"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 DECODER_VERSION = 4  # raised when `decode` gives other pixels, so that old caches are not used
 
@@ -1046,9 +1035,6 @@ def to_device(x, device):
 def open_image(path):
     Image.MAX_IMAGE_PIXELS = 2**28  # twice this and more is refused as a decompression bomb
     return Image.open(path)
-
-def is_grey(image):
-    return image.mode in ("1", "L", "LA", "La") or has_more_bits(image)
 
 def has_more_bits(image):
     """Whether a PIL image holds integers of more than 8 bits, or floats."""
@@ -1125,52 +1111,38 @@ def image_suffixes():
 def list_images(root):
     """The image files below a folder, all others but hidden ones, sorted in each folder, and what
     cannot be read: folders and links."""
-    suffixes = image_suffixes()
     files = []
     others = []
-    problems = []
+    errors = []
     visited = set()
-
-    def note(error):
-        problems.append(f"{error.filename} ({error.strerror})")
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=note):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=errors.append):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads round in a circle
             subfolders.clear()
             continue
         visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            suffix = Path(name).suffix.lower()
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        for name in sorted(name for name in names if name[0] != "."):
             path = Path(folder, name)
-            if suffix in suffixes:
+            if path.suffix.lower() in image_suffixes():
                 files.append(path)
-            elif path.is_symlink() and not path.exists():
-                problems.append(f"{path} (a link to nowhere)")
-            else:
+            elif os.path.exists(path):
                 others.append(path)
-    return files, others, problems
+            else:
+                errors.append(FileNotFoundError(0, "a link to nowhere", str(path)))
+    return files, others, [f"{error.filename} ({error.strerror})" for error in errors]
 
 def advice_on(suffixes):
     """What to do with files of these suffixes, which are no images: a part of a sentence, or ""."""
-    advice = []
-    if suffixes & ARCHIVES:
-        advice.append("unpack archives")
-    if suffixes & ARRAYS:
-        advice.append("convert arrays to images")
-    if suffixes & {".heic", ".heif"}:
-        advice.append("for .heic: pip install pillow-heif")
+    advice = [what for what, of in ADVICE.items() if suffixes & set(of.split())]
     return f" ({'; '.join(advice)})" if advice else ""
 
 def check_folder(root):
     """UserError unless --data_path is a folder."""
-    if root.is_file():
-        suffix = root.suffix.lower()
-        remedy = "give --data_path a folder of images"
-        if suffix in image_suffixes():
-            remedy = f"it is one image; give --data_path its folder, {root.parent}"
-        raise UserError(f"{root} is a file{advice_on({suffix})}: {remedy}.")
+    suffix = root.suffix.lower()
+    folder = f", such as {root.parent}" if suffix in image_suffixes() else ""
+    require(not root.is_file(), f"{root} is a file{advice_on({suffix})}: give --data_path a folder "
+            f"of images{folder}.")
     remedy = f"give --data_path an image folder, or one of {', '.join(DATASETS)}"
     if root.name == PRESETS["animals_text"]["data_path"]:
         remedy = ("make it with python animal_data/draw.py --captions --count 5000 "
@@ -1178,50 +1150,46 @@ def check_folder(root):
     require(root.is_dir(), f"No folder {root}: {remedy}.")
 
 def read_captions(files, others):
-    """The captions of image files, {file: text}; notes; and the files that they were read from,
-    among `others`: metadata.csv or metadata.jsonl in any folder, as in Hugging Face's image
-    folders, or else a .txt beside the image."""
+    """The captions of image files, {file: text}; notes; and the files of `others` without captions.
+    They are in metadata.csv or metadata.jsonl in any folder, as in Hugging Face's image folders,
+    or else in a .txt beside the image."""
     captions = {}
     notes = []
-    used = [path for path in others if path.name in ("metadata.csv", "metadata.jsonl")]
-    for path in used:  # deeper ones come later and count more
+    metadata = [path for path in others if path.name in ("metadata.csv", "metadata.jsonl")]
+    for path in metadata:  # deeper ones come later and count more
         captions |= read_metadata(path, notes)
     missing = sorted(captions.keys() - set(files))
     if missing:
         notes.append(f"warning: captions name {len(missing)} images that are not there, such as "
                      f"{missing[0]}")
-    other_files = set(others)
-    for file in files:
-        path = file.with_suffix(".txt")
-        if path in other_files and file not in captions:
-            captions[file] = one_line(read_utf8(path))
-            used.append(path)
-    return captions, notes, used
+    existing = set(others)
+    texts = {file: file.with_suffix(".txt") for file in files if file not in captions}
+    texts = {file: path for file, path in texts.items() if path in existing}
+    captions |= {file: one_line(read_utf8(path)) for file, path in texts.items()}
+    used = {*metadata, *texts.values()}
+    return captions, notes, [path for path in others if path not in used]
 
 def read_metadata(path, notes):
     """The captions in a metadata.csv or metadata.jsonl, {file: text}; a note is added of files that
     it names twice. UserError for a bad line; empty ones are not counted."""
     lines = io.StringIO(read_utf8(path), newline="")
-    first = 1
     rows = (json.loads(line) for line in lines if line.strip())
     if path.suffix == ".csv":
-        first = 2  # after the names of the columns
         csv.field_size_limit(2**30)
         rows = csv.DictReader(lines)
-    captions = {}
-    number = first
+    captions = []
     try:
         for row in rows:
             file = path.parent / os.path.normpath(row["file_name"])
-            captions[file] = one_line(row["text"] or "")
-            number += 1
+            captions.append((file, one_line(row["text"] or "")))
     except Exception as e:  # what is no JSON, no CSV, no string or not there raises anything
+        number = len(captions) + (2 if path.suffix == ".csv" else 1)  # .csv has a line of names
         raise UserError(f"{path}, line {number}, is no caption ({type(e).__name__}: {e}): each "
                         "needs file_name and text. Fix it, or give --no_captions.") from None
-    num_repeated = number - first - len(captions)
+    num_repeated = len(captions) - len(dict(captions))
     if num_repeated:
         notes.append(f"warning: {path} names {num_repeated} images again: the last caption counts")
-    return captions
+    return dict(captions)
 
 def one_line(text):
     return " ".join(text.split())
@@ -1251,8 +1219,7 @@ def folder_source(root, with_captions=True):
     first sub-folder on the path to a file."""
     check_folder(root)
     files, others, problems = list_images(root)
-    captions, caption_notes, used = read_captions(files, others) if with_captions else ({}, [], [])
-    left_out = set(others) - set(used)
+    captions, notes, left_out = read_captions(files, others) if with_captions else ({}, [], others)
     suffixes = Counter(path.suffix.lower() or "no suffix" for path in left_out)
     listed = ", ".join(f"{suffix} {n}" for suffix, n in suffixes.most_common(8))
     listed += advice_on(suffixes.keys())
@@ -1268,31 +1235,29 @@ def folder_source(root, with_captions=True):
     stats = [file.stat() if file.is_file() else None for file in files]
     versions = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
     key = [str(root.resolve()), *zip(names, versions)]
-    notes = [f"warning: {problem} cannot be read, and is left out" for problem in problems]
+    notes += [f"warning: {problem} cannot be read, and is left out" for problem in problems]
     if left_out:
         notes.append(f"left out  {len(left_out)} other files: {listed}")
+    notes += notes_on_folders(root, parts)
 
     def open_file(i):
         require(stats[i], "a link to nowhere, or no file")  # opening a pipe blocks
         return open_image(files[i])
 
-    notes += caption_notes + layout(root, parts)
     return ImageSource(names, labels, class_names, key, open_file, notes, texts)
 
-def layout(root, parts):
+def notes_on_folders(root, parts):
     """Notes about sub-folders that may be no classes. parts: of the paths of all images. UserError
     for those that are splits of one data set."""
     tops = {p[0] for p in parts if len(p) > 1}
-    by_case = {name.lower(): name for name in tops}
-    train_split = by_case.get("train") or by_case.get("training")
-    are_splits = train_split and len(tops) > 1 and by_case.keys() <= SPLITS
-    require(not are_splits, f"The sub-folders of {root}, {', '.join(sorted(tops))}, look like "
-            "splits of one data set, not like classes: give --data_path "
-            f"{root / str(train_split)}.")
+    lower = {name.lower() for name in tops}
+    are_splits = len(tops) > 1 and lower <= SPLITS and lower & {"train", "training"}
+    require(not are_splits, f"The sub-folders of {root} look like splits of one data set, not like "
+            f"classes: give --data_path one of them, {', '.join(sorted(tops))}.")
     notes = []
-    others = [path.name for path in root.iterdir() if path.name not in tops] if tops else []
-    empty = [name for name in others if name[0] != "." and (root / name).is_dir()]
-    if empty:
+    empty = [path.name for path in root.iterdir()
+             if path.is_dir() and path.name[0] != "." and path.name not in tops]
+    if tops and empty:
         notes.append(f"warning: no images in the sub-folders {', '.join(sorted(empty)[:8])}")
     deeper = {p[1] for p in parts if len(p) > 2}
     if len(tops) == 1 and len(deeper) > 1:
@@ -1302,15 +1267,15 @@ def layout(root, parts):
 
 def torchvision_source(name, root):
     """One of torchvision's data sets, downloaded if needed: its training images."""
-    splits = {"flowers102": ("train", "val", "test"), "celeba": ("train",)}.get(name)
-    options = [dict(split=split) for split in splits] if splits else [{}]
+    make = getattr(torchvision.datasets, DATASETS[name])
+    options = [{}]
+    if name == "flowers102":
+        options = [dict(split=split) for split in ("train", "val", "test")]
     try:
-        make = getattr(torchvision.datasets, DATASETS[name])
         parts = [make(root, download=True, **option) for option in options]
     except ImportError as e:
-        package = {"flowers102": "scipy", "celeba": "gdown"}.get(name, e.name)
         raise UserError(
-            f"The data set {name} needs the package {package}: pip install {package}") from None
+            f"The data set {name} needs the package {e.name}: pip install {e.name}") from None
     except Exception as e:  # truncated files raise anything
         reason = str(e).partition("\n")[0] or repr(e)
         raise UserError(
@@ -1348,11 +1313,8 @@ def open_source(config):
 
 def choose_images(config, n):
     """Indices of the images to use, sorted: all n, or a random --max_images of them."""
-    chosen = np.arange(n)
-    if config.max_images and config.max_images < n:
-        rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
-        chosen = np.sort(rng.permutation(chosen)[: config.max_images])
-    return chosen
+    rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
+    return np.sort(rng.permutation(n)[: config.max_images])
 
 def cache_folder(config):
     return Path(config.download_dir, ".decoded")  # hidden, and so no class in a folder of images
@@ -1398,9 +1360,10 @@ def look_at_all(source, chosen):
 
     def look(row):
         with contextlib.closing(source.open(chosen[row])) as image:
-            coloured[row] = not is_grey(image)
-            if has_more_bits(image):
+            if has_more_bits(image):  # and so is grey
                 largest[row] = largest_value(image)
+            else:
+                coloured[row] = image.mode not in ("1", "L", "LA", "La")
 
     for_each_row(look, range(len(chosen)), "opening")  # its errors come again in decoding
     return coloured, white_level(largest.max()) if largest.any() else None

@@ -173,7 +173,7 @@ def test_the_banner_adds_up(main, tmp_path, capsys):
     [
         ("photos.zip", "is a file (unpack archives): give --data_path a folder"),
         ("all.npy", "is a file (convert arrays to images): give"),
-        ("one.jpg", "it is one image; give --data_path its folder, "),
+        ("one.jpg", "is a file: give --data_path a folder of images, such as "),
         ("notes.txt", "is a file: give --data_path a folder of images"),
     ],
 )
