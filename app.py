@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import ddpm
 
@@ -29,8 +30,9 @@ except ImportError:
 if __name__ == "__main__" and not st.runtime.exists():
     raise SystemExit("This is a page: start it with streamlit run app.py")
 
-WIDTH = 150  # of an image on the page, in the browser's pixels
-SAMPLERS = {"ddpm": "the original", "ddim": "without fresh noise", "dpm++": "good from 10 steps"}
+WIDTH = 150  # of an image on the page at most, in the browser's pixels
+SAMPLERS = {"ddpm": "adds noise at each step", "ddim": "adds none",
+            "dpm++": "adds none, good from 10 steps"}
 GRIDS = {"generated": "Sampled from the same noise each time",
          "compared": "Clean, with noise, and as the model predicts them"}
 RESIZED = {"crop": "its centre becomes", "pad": "with a border it becomes",
@@ -39,14 +41,14 @@ LAST_SEED = 2**53 - 1  # the largest number that browsers are sure of
 
 # ------------------------------------------------------------------------------------------- models
 
-INCLUDED = ("animals.pt", "animals_text.pt", "fashion_mnist.pt")
+INCLUDED = ("animals.pt", "animals_text.pt", "fashion_mnist.pt", "clothes.pt")
 
 def model_files():
-    """The models in saved_models/, newest first, and those included. No step checkpoints."""
+    """The models in saved_models/, newest first, then those included. No step checkpoints."""
     included = [ddpm.HERE / "saved_models" / name for name in INCLUDED]
-    found = {*Path("saved_models").resolve().glob("*.pt*"), *included}
-    files = [path for path in found if path.is_file() and path.name[0] != "."]
-    return newest_first(files)
+    found = set(Path("saved_models").resolve().glob("*.pt*")).difference(included)
+    others = [path for path in found if path.is_file() and path.name[0] != "."]
+    return [*newest_first(others), *filter(Path.is_file, included)]
 
 def newest_first(files):
     return sorted(files, key=lambda path: (-path.stat().st_mtime, path))
@@ -66,6 +68,17 @@ def describe(path, changed):
         learned = f", prompts of {len(checkpoint['vocabulary'])} words"
     return f"{path.name}: {data}, {size}{learned}"
 
+def card(path):
+    """What the README beside an included model says about it, or when another was saved."""
+    with contextlib.suppress(OSError):
+        lines = (ddpm.HERE / "saved_models" / "README.md").read_text().splitlines()
+        rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+        for name, *cells in rows:
+            if name == f"`{path.name}`" and path.parent == ddpm.HERE / "saved_models":
+                headings = rows[0][1:]
+                return "; ".join(f"{heading}: {cell}" for heading, cell in zip(headings, cells))
+    return f"saved {time.strftime('%Y-%m-%d %H:%M', time.localtime(path.stat().st_mtime))}"
+
 @st.cache_resource(max_entries=4, show_spinner="Opening the model")
 def open_model(path, changed):
     """The model in a file, shared until the file changes: (model, diffusion, config, precision)."""
@@ -80,7 +93,12 @@ def choose_model():
     """The key of the model that the user wants: its path, and when that file last changed."""
     files = {path: path.stat().st_mtime_ns for path in model_files()}
     ddpm.require(files, "There is no model yet: train one with python ddpm.py --mode train")
-    path = st.selectbox("Model", list(files), format_func=lambda path: describe(path, files[path]))
+    path = st.selectbox(
+        "Model",
+        list(files),
+        format_func=lambda path: describe(path, files[path]),
+        help="Yours in saved_models, the newest first, then those that come with ddpm.py.")
+    st.caption(card(path))
     return path, files[path]
 
 # --------------------------------------------------------------------------------------- generating
@@ -149,9 +167,19 @@ def show(x, names, config):
     images = ddpm.to_images(to_cropped(x, config))
     with st.container(horizontal=True):
         for image, name in zip(images, names):
-            with st.container(width=WIDTH, gap=None):
-                st.image(image, width="stretch", alt=name, output_format="PNG")
+            with thumbnail(image, name):
                 st.caption(name)
+
+def thumbnail(image, name):
+    """Show a PIL image so that each of its pixels is a square of whole pixels of the browser, if it
+    is not too wide. Returns the container, for what stands below it."""
+    zoom = WIDTH // image.width
+    container = st.container(width=zoom * image.width or WIDTH, gap=None)
+    if zoom:  # twice as large as it is shown, for screens with two pixels for each of the browser's
+        size = (2 * zoom * image.width, 2 * zoom * image.height)
+        image = image.resize(size, Image.Resampling.NEAREST)
+    container.image(image, width="stretch", alt=name, output_format="PNG")
+    return container
 
 def written(write):
     """The bytes that one of ddpm's functions writes to the path that write(path) hands it."""
@@ -217,8 +245,7 @@ def show_result(section):
     st.caption(result["about"])
     with st.container(horizontal=True):
         for i, (png, name) in enumerate(zip(result["images"], result["names"])):
-            with st.container(width=WIDTH, gap=None):
-                st.image(png, width="stretch", alt=name)
+            with thumbnail(Image.open(io.BytesIO(png)), name):
                 st.download_button(
                     name,
                     png,
@@ -316,18 +343,18 @@ def strength(name):
 
 def edit(key):
     model, _, config, _ = open_model(*key)
-    choices = ["Vary an image", "Inpaint a part", "Between two seeds"]
+    choices = ["Change an image", "Inpaint a part", "Interpolate between two seeds"]
     task = st.radio("What to do", choices, horizontal=True, key="task", persist_state="session")
-    if task == "Between two seeds":
-        return form(task, key, "Go from one to the other", extra=second_seed)
+    if task == "Interpolate between two seeds":
+        return form(task, key, "Interpolate", extra=second_seed)
     label = f"Your image; {RESIZED[config.resize]} {ddpm.size_text(config.image_size)}"
     given = upload(label, config, model.image_channels, model.white)
     if not given:
         return st.info("Give an image, then choose what to do with it.")
     name, image = given
-    if task == "Vary an image":
+    if task == "Change an image":
         show(image, [name], config)
-        return form(task, key, "Vary", 4, lambda: strength(name), image=image)
+        return form(task, key, "Change", 4, lambda: strength(name), image=image)
     mask = choose_mask(model, config)
     if mask is None:
         return None

@@ -90,17 +90,41 @@ def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
     shutil.copy(models / "tiny.pt", models / "tiny.pt_steps" / "step_00000040.pt")
     options = page().selectbox[0].options
     data = ddpm.read_checkpoint(models / "tiny.pt")["config"]["data_path"].split("/")[-1]
-    assert sorted(options) == sorted(
-        [
-            "animals.pt: animal_data, 64x64, 5 classes",
-            "animals_text.pt: animals_text_data, 64x64, prompts of 39 words",
-            "broken.pt: cannot be read",
-            "fashion_mnist.pt: fashion_mnist, 28x28, 10 classes",
-            f"tiny.pt: {data}, 16x16, 3 classes",
-            f"tiny.pt.previous: {data}, 16x16, 3 classes",
-        ]
-    )
-    assert options[0].startswith("tiny.pt") and options[-1].startswith("broken.pt")
+    assert {
+        "animals.pt: animal_data, 64x64, 5 classes",
+        "animals_text.pt: animals_text_data, 64x64, prompts of 39 words",
+        "broken.pt: cannot be read",
+        "fashion_mnist.pt: fashion_mnist, 28x28, 10 classes",
+        f"tiny.pt: {data}, 16x16, 3 classes",
+        f"tiny.pt.previous: {data}, 16x16, 3 classes",
+    } <= set(options)
+    names = [option.partition(":")[0] for option in options]
+    assert names[0].startswith("tiny.pt") and names[2] == "broken.pt"  # the newest first
+    assert names[3:] == [name for name in app.INCLUDED if (ROOT / "saved_models" / name).exists()]
+
+
+def test_the_chosen_model_shows_its_card(page, project):
+    at = page()
+    assert at.caption[0].value.startswith("saved 20")
+    included = next(o for o in at.selectbox[0].options if o.startswith("animals.pt"))
+    at.selectbox[0].select(included).run()
+    assert not at.exception
+    card = at.caption[0].value
+    assert card.startswith("trained on: `animal_data`, 100 drawings") and "licence" in card
+    assert "memorised" in card and card.count(": ") >= 5
+
+
+def test_thumbnails_have_whole_pixels(project, monkeypatch):
+    """Each pixel of an image becomes a square of an even number of pixels, none is mixed."""
+    shown = []
+    monkeypatch.setattr(st.delta_generator.DeltaGenerator, "image", lambda s, *a, **k: shown.append(a))
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    app.thumbnail(Image.fromarray(pixels), "grey")
+    [(image,)] = shown
+    assert image.size == (280, 280)
+    assert np.array_equal(np.asarray(image), pixels.repeat(10, 0).repeat(10, 1))
+    app.thumbnail(Image.new("RGB", (400, 200)), "wide")
+    assert shown[1][0].size == (400, 200)
 
 
 def test_a_broken_model_gives_a_sentence(page, project):
@@ -220,7 +244,7 @@ def test_variations_are_those_of_the_command_line(page, project):
         project, num_samples=4, init_image="mine.png", strength=0.4, sampling_steps=20
     )
     assert len(expected) == 4
-    assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Vary an image"), expected))
+    assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Change an image"), expected))
 
 
 @pytest.mark.parametrize("shape", ["A rectangle", "A mask of yours"])
@@ -250,18 +274,18 @@ def test_inpainting_is_that_of_the_command_line(page, project, shape):
 
 def test_going_between_two_seeds_is_that_of_the_command_line(page, project):
     at = page("Edit")
-    at.radio[0].set_value("Between two seeds").run()
+    at.radio[0].set_value("Interpolate between two seeds").run()
     labelled(at.number_input, "Seed of the last").set_value(9)
     press(at)
     expected = sample_tiny_pt(project, num_samples=8, interpolate=9)
-    assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Between two seeds"), expected))
-    kept = at.session_state["generated: Between two seeds"]
+    assert all(np.array_equal(a, b) for a, b in zip(generated(at, "Interpolate between two seeds"), expected))
+    kept = at.session_state["generated: Interpolate between two seeds"]
     assert kept["gif"] == (project / "cli" / "interpolation.gif").read_bytes()
 
 
 def test_the_same_seed_twice_gives_a_sentence(page):
     at = page("Edit")
-    at.radio[0].set_value("Between two seeds").run()
+    at.radio[0].set_value("Interpolate between two seeds").run()
     labelled(at.number_input, "Seed of the last").set_value(0)
     at.button[0].click().run()
     assert not at.exception and "two different ones" in at.error[0].value
@@ -299,12 +323,12 @@ def test_looking_inside_works_with_an_image_and_without(page):
     at = page("Look inside")
     assert not at.exception and not at.error
     captions = [c.value for c in at.caption]
-    assert captions[0] == "the model's image" and "at t = 16" in captions
+    assert captions[1] == "the model's image" and "at t = 16" in captions
     at.select_slider[0].set_value(40).run()
     assert "at t = 40" in [c.value for c in at.caption]
     at = give(at, IMAGE)
     assert not at.exception and not at.error
-    assert [c.value for c in at.caption][0] == "mine.png"
+    assert [c.value for c in at.caption][1] == "mine.png"
 
 
 # ---- watch a run

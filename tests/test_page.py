@@ -163,6 +163,8 @@ def test_sampling_shows_its_progress_and_eight_images_to_download(visit, project
     for image in shown:
         pixels = np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB"))
         assert pixels.shape[0] >= 140 and pixels.std() > 5, "a blank image"
+        change = np.abs(np.diff(pixels.astype(int), axis=0)).max(axis=(1, 2))  # from row to row
+        assert set(np.diff(np.flatnonzero(change[12:-12] > 2))) == {9}, "not crisp"  # 16 pixels, of 9 each
 
     expected = sample_tiny_pt(project, num_samples=8, sampling_steps=50, gif=True)
     assert equal(images(page), expected)
