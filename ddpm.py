@@ -105,15 +105,16 @@ def derive_seed(*numbers):
 # ----------------------------------------------------------------------------------------- settings
 
 # What a stored setting may be changed for: to resume its run, to sample from its model, or both.
+# ONCE: both, and the value in a checkpoint is never used.
 RESUME = ("resume",)
 SAMPLE = ("sample",)
 BOTH = ("resume", "sample")
+ONCE = ("resume", "sample", "once")
 
-def flag(default, meaning, low=None, high=None, choices="", group="", change_on=(), stored=True):
-    """A setting. choices: separated by blanks. group: the heading in --help that it begins.
-    change_on: see above. stored: False if the value in a checkpoint is never used."""
+def flag(default, meaning, low=None, high=None, choices="", group="", change_on=()):
+    """A setting. choices: separated by blanks. group: the heading in --help that it begins."""
     metadata = dict(meaning=meaning, low=low, high=high, choices=choices.split() or None,
-                    group=group, change_on=change_on, stored=stored)
+                    group=group, change_on=change_on)
     return dataclasses.field(default=default, metadata=metadata)
 
 DATASETS = {  # torchvision's name of each
@@ -176,8 +177,8 @@ class Config:
     device: str = flag("auto", "where to compute", choices="auto cpu cuda mps", change_on=BOTH)
     seed: int = flag(0, "seed of everything random", 0, 2**63 - 1, change_on=SAMPLE)
     resume: str | None = flag(None, "resume a run: from this step checkpoint, or the latest",
-                              group="running", change_on=RESUME, stored=False)
-    init_from: str | None = flag(None, "start from these weights", change_on=RESUME, stored=False)
+                              group="running", change_on=("resume", "once"))
+    init_from: str | None = flag(None, "start from these weights", change_on=("resume", "once"))
     save_every: int = flag(450, "steps between checkpoints", 1, 10**9, change_on=RESUME)
     sample_every: int = flag(450, "steps between grids of samples", 1, 10**9, change_on=RESUME)
     log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9, change_on=RESUME)
@@ -195,20 +196,17 @@ class Config:
     classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change_on=BOTH)
     prompt: tuple[str, ...] = flag(
         (), 'captions to sample, in turn, as in "a white cat" "a lion"', change_on=BOTH)
-    prompts: str | None = flag(None, "file of captions to sample, one a line", change_on=BOTH,
-                               stored=False)
+    prompts: str | None = flag(None, "file of captions to sample, one a line", change_on=ONCE)
     guidance: float = flag(2.0, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
     ema: bool = flag(True, "sample with the EMA weights", change_on=BOTH)
-    individual: str | None = flag(None, "folder for single files", change_on=BOTH, stored=False)
-    gif: bool = flag(False, "also write the reverse process as an animation", change_on=BOTH,
-                     stored=False)
-    init_image: str | None = flag(None, "image to start from instead of noise", change_on=BOTH,
-                                  stored=False)
+    individual: str | None = flag(None, "folder for single files", change_on=ONCE)
+    gif: bool = flag(False, "also write the reverse process as an animation", change_on=ONCE)
+    init_image: str | None = flag(None, "image to start from instead of noise", change_on=ONCE)
     strength: float | None = flag(None, "how far back towards noise (default: 0.5; with --mask 1)",
-                                  0.001, 1, change_on=BOTH, stored=False)
-    mask: str | None = flag(None, "inpaint where this image is white", change_on=BOTH, stored=False)
+                                  0.001, 1, change_on=ONCE)
+    mask: str | None = flag(None, "inpaint where this image is white", change_on=ONCE)
     interpolate: int | None = flag(None, "go from the first image of --seed to that of this seed",
-                                   0, 2**63 - 1, change_on=BOTH, stored=False)
+                                   0, 2**63 - 1, change_on=ONCE)
 
     def __post_init__(self):
         self.image_size = simplest_size(self.image_size)
@@ -1298,7 +1296,8 @@ def load_images(config, device="cpu"):
     """The images of a Config, decoded, as `Images`. UserError for none, or too many bad ones."""
     with local_main_process_first():  # it downloads and decodes for its machine
         source = open_source(config)
-        chosen = choose_images(config, len(source.names))
+        rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
+        chosen = np.sort(rng.permutation(len(source.names))[: config.max_images])
         decoded = decode_cached(config, source, chosen)
     return Images(source, chosen, decoded, config, device)
 
@@ -1310,11 +1309,6 @@ def open_source(config):
     if config.data_path == Config.data_path and not folder.exists():
         folder = HERE / folder  # the starter images, from wherever ddpm.py is called
     return folder_source(folder, config.captions and config.class_cond)
-
-def choose_images(config, n):
-    """Indices of the images to use, sorted: all n, or a random --max_images of them."""
-    rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
-    return np.sort(rng.permutation(n)[: config.max_images])
 
 def cache_folder(config):
     return Path(config.download_dir, ".decoded")  # hidden, and so no class in a folder of images
@@ -1423,17 +1417,15 @@ class Images:
     vocabulary: the words of those in training; examples: some of those. white: as in `Decoded`.
     notes: sentences about the images."""
     def __init__(self, source, chosen, decoded, config, device):
-        pixels = decoded.pixels
-        unreadable = decoded.unreadable
         names = [source.names[i] for i in chosen]
-        report_unreadable(names, unreadable)
+        report_unreadable(names, decoded.unreadable)
         self.white = decoded.white
         self.notes = source.notes + notes_on_pixels(names, decoded)
         self.notes += notes_on_shape(decoded.shape, len(names), config)
-        self.num_unused = len(source.names) - len(chosen)
-        self.train, self.validation = split_rows(len(chosen), unreadable, config)
         self.num_found = len(source.names)
-        self.num_unreadable = len(unreadable)
+        self.num_unused = len(source.names) - len(chosen)
+        self.num_unreadable = len(decoded.unreadable)
+        self.train, self.validation = split_rows(len(chosen), decoded.unreadable, config)
         self.all_class_names = source.class_names
         learn_classes = config.class_cond and len(source.class_names) > 1
         self.class_names = source.class_names if learn_classes else []
@@ -1447,17 +1439,17 @@ class Images:
             different = list(dict.fromkeys(text[:300] for text in texts if text))
             self.examples = evenly_spaced(np.array(different, dtype=object), 8).tolist()
             self.labels = torch.tensor(encode(self.captions, self.vocabulary))
-        self.pixels = torch.from_numpy(pixels)
+        self.pixels = torch.from_numpy(decoded.pixels)
         if torch.device(device).type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(device)
-            if pixels.nbytes < free_bytes // 3:
+            if self.pixels.nbytes < free_bytes // 3:
                 self.pixels = self.pixels.to(device)
-        self.channels = pixels.shape[1]
+        self.channels = self.pixels.shape[1]
         self.seed = config.seed
         self.hflip = config.hflip
         self.last_order = (None, None)  # (epoch, rows)
-        names_hash = short_hash("\n".join(names))
-        self.fingerprint = f"{len(chosen)} images, {len(unreadable)} unreadable, names {names_hash}"
+        self.fingerprint = f"{len(chosen)} images, {self.num_unreadable} unreadable"
+        self.fingerprint += ", names " + short_hash("\n".join(names))
         if self.captions:
             self.fingerprint += ", captions " + short_hash("\n".join(self.captions))
 
@@ -1500,38 +1492,33 @@ def report_unreadable(names, unreadable):
 def notes_on_pixels(names, decoded):
     """Sentences about what became of the images with these names."""
     notes = []
-    n = len(names)
     if decoded.white:
         notes.append(f"scale     images of more than 8 bits: 0 is black, {decoded.white} white")
-    if decoded.coloured:
-        example = names[decoded.coloured[0]]
-        notes.append(f"note: {len(decoded.coloured)} of {n} images are in colour, such as "
-                     f"{example}, and give three channels to all")
-    if decoded.blank:
-        example = names[decoded.blank[0]]
-        notes.append(f"warning: there is next to nothing to see in {len(decoded.blank)} of {n} "
-                     f"images, such as {example}: black, white or one colour")
+    kinds = [("note", decoded.coloured, "are in colour, and give three channels to all"),
+             ("warning", decoded.blank, "show next to nothing: black, white or one colour")]
+    for kind, rows, what in kinds:
+        if rows:
+            some = f"{len(rows)} of {len(names)} images, such as {names[rows[0]]},"
+            notes.append(f"{kind}: {some} {what}")
     return notes
 
 def notes_on_shape(shape, num_images, config):
     """A sentence if nearly all images have one shape that cropping takes much from."""
     median, num_alike = shape
-
-    def kept(image_size):  # the fraction of such an image
-        height, width = image_sides(image_size)
-        ratio = median * height / width
-        return min(ratio, 1 / ratio)
-
     size = config.image_size
     side = min(image_sides(size))
-    sizes = nearest_sizes(config, side * max(1, 1 / median), side * max(1, median))
-    better = max([size, *sizes], key=kept)
-    is_worth_it = config.resize == "crop" and kept(better) > kept(size) + 0.15
+    kept = {}  # {an --image_size: the fraction of each image that cropping to it keeps}
+    for other in [size, *nearest_sizes(config, side * max(1, 1 / median), side * max(1, median))]:
+        height, width = image_sides(other)
+        ratio = median * height / width
+        kept[other] = min(ratio, 1 / ratio)
+    better = max(kept, key=kept.get)
+    is_worth_it = config.resize == "crop" and kept[better] > kept[size] + 0.15
     if not is_worth_it or num_alike < 0.9 * num_images:
         return []
     return [f"note: {num_alike} of {num_images} images are {median:.3g} times as wide as high, and "
-            f"cropping to {size_text(size)} keeps {kept(size):.0%} of each: --image_size {better} "
-            f"keeps {kept(better):.0%}, --resize pad all"]
+            f"cropping to {size_text(size)} keeps {kept[size]:.0%} of each: --image_size {better} "
+            f"keeps {kept[better]:.0%}, --resize pad all"]
 
 def split_rows(n, unreadable, config):
     """The readable rows, --holdout of them for validation: (training, validation), sorted."""
@@ -1693,7 +1680,7 @@ def stored_config(checkpoint, path):
     require(not unknown,
             f"{path} has settings that this ddpm.py does not know: {unknown}. Use a newer one.")
     stored |= {name: field.default for name, field in FIELDS.items()
-               if not field.metadata["stored"]}
+               if "once" in field.metadata["change_on"]}
     config = Config(**stored)
     try:
         check(config)
@@ -1707,7 +1694,7 @@ def merged_config(checkpoint, path, given, changes):
     config = stored_config(checkpoint, path)
     for name, value in given.items():
         stored = getattr(config, name)
-        require(name in changes or FIELDS[name].metadata["stored"],
+        require(name in changes or "once" not in FIELDS[name].metadata["change_on"],
                 f"--{name} is for --mode train: leave it out.")
         require(name in changes or value == stored, f"--{name} {value} contradicts {path}, where "
                 f"it is {stored}: leave it out or train anew.")

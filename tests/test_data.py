@@ -250,7 +250,7 @@ def test_images_in_which_nothing_is_to_be_seen_are_warned_of(tmp_path):
     values[8, 8] = 65_535
     Image.fromarray(values).save(tmp_path / "3.png")
     (note,) = [note for note in load(tmp_path).notes if "next to nothing" in note]
-    assert "in 3 of 4 images, such as 0.png" in note
+    assert "3 of 4 images, such as 0.png" in note
 
 
 # ---- every kind of image
