@@ -30,7 +30,6 @@ import datetime
 import difflib
 import enum
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -45,6 +44,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import types
 import typing
 import zipfile
 from collections import Counter, namedtuple
@@ -1838,7 +1838,8 @@ def load_matching_weights(model, checkpoint, config):
     if checkpoint.get("vocabulary") != model.vocabulary:  # and those of the word table other words
         fitting.pop("text.words.weight", None)
     remedy = ", ".join(differences(stored, config, NETWORK)) or "another checkpoint"
-    fraction = count_weights(fitting) / count_weights(own)
+    num_fitting = sum(weight.numel() for weight in fitting.values())
+    fraction = num_fitting / sum(weight.numel() for weight in own.values())
     require(fraction > 0.25, f"Only {100 * fraction:.0f} % of the network's weights fit "
             f"{path}: use {remedy}.")
     other_meaning = ", ".join(differences(stored, config, DIFFUSION))
@@ -1849,18 +1850,14 @@ def load_matching_weights(model, checkpoint, config):
     new = ", ".join([name for name in own if name not in fitting][:6]) or "none"
     return f"start     from {path}: {len(fitting)} of {len(own)} tensors; new: {new}"
 
-def count_weights(state_dict):
-    return sum(tensor.numel() for tensor in state_dict.values())
-
 # The settings that weights depend on: for their shapes, and for what they compute.
 NETWORK = ("arch", "channels", "channel_mults", "patch", "res_blocks", "attention", "attention_at")
 DIFFUSION = ("predict", "timesteps", "schedule", "beta_start", "beta_end")
 
 def differences(stored, config, names):
     """Those of the settings in which a stored Config differs from another, as its flags."""
-    values = {name: getattr(stored, name) for name in names}
-    differing = {k: v for k, v in values.items() if v != getattr(config, k)}
-    return [flag_text(name, value) for name, value in differing.items()]
+    return [flag_text(name, getattr(stored, name)) for name in names
+            if getattr(stored, name) != getattr(config, name)]
 
 def flag_text(name, value):
     """A setting as it is given on the command line, as in --channel_mults 1 2."""
@@ -1970,14 +1967,10 @@ def keep_memory():
         mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large blocks
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
-class StopRequest:
-    """Whether a stop was requested: the number of the signal, 0 for none."""
-    signum = 0
-
 @contextlib.contextmanager
 def stop_requests():
-    """A StopRequest that notes SIGTERM and Ctrl-C; a second Ctrl-C is KeyboardInterrupt."""
-    request = StopRequest()
+    """An object that notes SIGTERM and Ctrl-C; a second Ctrl-C is KeyboardInterrupt."""
+    request = types.SimpleNamespace(signum=0)  # or the number of the signal
 
     def note(signum, frame):
         if request.signum and signum == signal.SIGINT:
@@ -2045,12 +2038,9 @@ def is_held(file, host):
         return True
     except (ImportError, OSError):  # nor on some network file systems
         pass
-    return host != "" and seconds_since_change(file) < 4 * HEARTBEAT
-
-def seconds_since_change(file):
-    """How long ago an open file changed, by the clock of the disk that it is on."""
-    with tempfile.TemporaryFile(dir=Path(file.name).parent) as new:
-        return os.fstat(new.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
+    with tempfile.TemporaryFile(dir=Path(file.name).parent) as new:  # tells the disk's clock
+        age = os.fstat(new.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
+    return host != "" and age < 4 * HEARTBEAT
 
 def renew(path, stop):
     """Give a file the present time again and again, until the event `stop`."""
@@ -2264,47 +2254,43 @@ def train_run(config, checkpoint=None):
     check(config)
     runtime = start_runtime(config)
     check_run(config, runtime)
-    step_folder(config.model_path)  # fails if the path is no file's
     with run_locks(config, runtime):
-        return train_locked(config, runtime, checkpoint)
-
-def train_locked(config, runtime, checkpoint):
-    """What `train_run` does once no other run can write to the same places."""
-    initial = read_checkpoint(config.init_from) if config.init_from else None  # fails early
-    images = load_images(config, runtime.device)
-    keep_memory()  # not before: decoding large images takes much that is not needed again
-    if not (images.class_names or images.vocabulary):
-        config = override(config, guidance=1.0)  # there is nothing to guide by
-    torch.manual_seed(config.seed)
-    needed = override(config, pretrained=False) if checkpoint else config  # its weights come below
-    model = build_model(needed, images.channels, images.class_names, images.vocabulary,
-                        images.examples)
-    origin = load_matching_weights(model, initial, config) if initial else None
-    state = TrainState(config, model, images, runtime)
-    if checkpoint:
-        state.load(checkpoint, config.resume)
-        origin = f"resuming  {config.resume} at step {state.step}"
-        if state.progress() >= 1:
-            lengths = [name for name in LENGTHS if getattr(config, name)]
-            origin += f": the run is finished. To train on, give a larger --{lengths[0]}"
-        checkpoint.clear()  # or it would take memory to the end
-    diffusion = make_diffusion(config, runtime.device)
-    print_banner(config, state, runtime, diffusion.abar_T, origin)
-    if config.dry_run:
-        dry_run(config, state, diffusion, runtime)
-        return None
-    previewer = Previewer(config, images, diffusion, runtime)  # fails now if --classes is wrong
-    logger = open_run(config, state) if runtime.is_main else None
-    stop_signal = train_loop(config, state, diffusion, runtime, previewer, logger)
-    if logger:
-        close_run(config, runtime, logger, stop_signal)
-    leave_processes()
+        initial = read_checkpoint(config.init_from) if config.init_from else None  # fails early
+        images = load_images(config, runtime.device)
+        keep_memory()  # not before: decoding large images takes much that is not needed again
+        if not (images.class_names or images.vocabulary):
+            config = override(config, guidance=1.0)  # there is nothing to guide by
+        torch.manual_seed(config.seed)
+        pretrained = config.pretrained and not checkpoint  # or its weights come below
+        model = build_model(override(config, pretrained=pretrained), images.channels,
+                            images.class_names, images.vocabulary, images.examples)
+        origin = load_matching_weights(model, initial, config) if initial else None
+        state = TrainState(config, model, images, runtime)
+        if checkpoint:
+            state.load(checkpoint, config.resume)
+            origin = f"resuming  {config.resume} at step {state.step}"
+            if state.progress() >= 1:
+                length = next(name for name in LENGTHS if getattr(config, name))
+                origin += f": the run is finished. To train on, give a larger --{length}"
+            checkpoint.clear()  # or it would take memory to the end
+        diffusion = make_diffusion(config, runtime.device)
+        print_banner(config, state, runtime, diffusion.abar_T, origin)
+        if config.dry_run:
+            dry_run(config, state, diffusion, runtime)
+            return None
+        previewer = Previewer(config, images, diffusion, runtime)  # fails now if --classes is wrong
+        logger = open_run(config, state) if runtime.is_main else None
+        stop_signal = train_loop(config, state, diffusion, runtime, previewer, logger)
+        if logger:
+            close_run(config, runtime, logger, stop_signal)
+        leave_processes()
     if stop_signal:
         raise SystemExit(128 + stop_signal)
     return Path(config.model_path)
 
 def check_run(config, runtime):
     """UserError if the run would train on its own output, or its batches do not split up."""
+    step_folder(config.model_path)  # fails if the path is no file's
     for name in ("individual", "gif", "init_image", "mask", "strength", "interpolate"):
         require(getattr(config, name) == FIELDS[name].default,
                 f"--{name} is for --mode sample: leave it out.")
@@ -2500,11 +2486,10 @@ def open_run(config, state):
     """Prepare the folders of a run and write the plots of its start. Returns its MetricsLogger."""
     tracker = make_tracker(config)  # fails now, before anything is renamed
     folder = step_folder(config.model_path)
-    name = Path(config.model_path).name
-    partial_models = [path for path in folder.parent.glob(f".{glob.escape(name)}.*.tmp")
-                      if path.name[len(name) + 2 : -4].isdigit()]  # not those of a `name.other`
-    for partial in [*folder.glob(".step_*.tmp"), *partial_models]:
-        partial.unlink()  # a crash left it
+    partial_model = re.compile(rf"\.{re.escape(Path(config.model_path).name)}\.\d+\.tmp")
+    for path in [*folder.glob(".step_*.tmp"), *folder.parent.glob(".*.tmp")]:
+        if path.parent == folder or partial_model.fullmatch(path.name):
+            path.unlink()  # a crash left it
     rename_old_step_folder(config.model_path)
     resumed_from = Path(config.resume or "").resolve()
     was_renamed = not resumed_from.exists()  # just now, with its folder
@@ -2534,12 +2519,10 @@ def close_run(config, runtime, logger, stop_signal):
 class Preview:
     """What the EMA weights can do at some step: images uint8 (n, C, H, W) on the CPU."""
     timesteps: list
-    clean: torch.Tensor
-    noisy: torch.Tensor
-    predicted: torch.Tensor
+    rows: dict  # {"clean", "noisy", "pred": images}, at these timesteps
     generated: torch.Tensor
-    validation_loss: float | None
     names: list  # of the classes or captions in `generated`
+    validation_loss: float | None
 
 class Previewer:
     """Makes previews of the same images, timesteps and noise each time, so that grids compare."""
@@ -2570,9 +2553,9 @@ class Previewer:
             validation_loss = self.validation_loss(ema)
         generated = sample_images(
             ema, self.diffusion, self.config, self.labels, self.runtime.precision)
-        size = self.config.image_size
-        rows = [crop(to_pixels(x).cpu(), size) for x in (x0, xt, predicted)]
-        return Preview(t.tolist(), *rows, generated, validation_loss, self.names)
+        rows = {name: crop(to_pixels(x).cpu(), self.config.image_size)
+                for name, x in dict(clean=x0, noisy=xt, pred=predicted).items()}
+        return Preview(t.tolist(), rows, generated, self.names, validation_loss)
 
     def validation_loss(self, ema):
         """The mean loss of the validation images, None without any."""
@@ -2785,9 +2768,6 @@ def reverse_timesteps(config):
     noise_levels = max(1, round(strength * config.timesteps))
     steps = max(1, round(strength * config.sampling_steps))
     return spaced_timesteps(noise_levels, steps)
-
-# sample_run and sample_images, which previews call, run sample_batches; it runs generate for each
-# batch, and that a sampler.
 
 def generate(model, diffusion, config, indices, labels, precision="fp32", image=None, mask=None):
     """Sample the images number `indices` with these labels: numbers of classes, -1 for none, or
@@ -3200,6 +3180,7 @@ QUARTERS = ("t < T/4: detail", "T/4 to T/2", "T/2 to 3T/4", "t > 3T/4: compositi
 
 def plot_loss(rows, path):
     """The loss, of validation too, and by quarter of the timesteps. rows: of metrics.jsonl."""
+    from matplotlib.ticker import LogLocator  # not at the top, for the reason in `new_figure`
     figure, (left, right) = plot_pair(["loss", "loss by quarter of the timesteps"], "step")
     training = [row for row in rows if "loss" in row]
     steps = [row["step"] for row in training]
@@ -3215,18 +3196,14 @@ def plot_loss(rows, path):
         losses = [row["loss_quarters"][q] for row in measured]
         right.plot(steps, smooth(losses), color=COLOURS[q], lw=1.8, label=name)
     for ax in (left, right):
-        log_axis(ax)
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
+        subs = (1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7)  # labels that do not touch
+        ax.yaxis.set(major_locator=LogLocator(subs=subs), major_formatter="{x:g}",
+                     minor_formatter="")
         ax.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
     return save_figure(figure, path)
-
-def log_axis(ax):
-    """A logarithmic y axis with room for a legend above, and ticks that do not touch."""
-    from matplotlib.ticker import LogLocator  # not at the top, for the reason in `new_figure`
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.25)
-    subs = (1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7)
-    ax.yaxis.set(major_locator=LogLocator(subs=subs), major_formatter="{x:g}", minor_formatter="")
 
 def write_start_plots(config, images):
     """Write what training starts from: images, the schedules, one image noised. Returns paths."""
@@ -3241,13 +3218,12 @@ def write_start_plots(config, images):
 def write_previews(preview, epoch_name, model, folder):
     """Write the grids of a Preview. Returns {name: path}."""
     ending = f"_epoch{epoch_name}.png"  # as in _epoch0.64.png
-    rows = dict(clean=preview.clean, noisy=preview.noisy, pred=preview.predicted)
-    titles = [f"t = {t}" for t in preview.timesteps]
     grids = {name: save_grid(pixels, folder / f"{name}{ending}", len(pixels))
-             for name, pixels in rows.items()}
+             for name, pixels in preview.rows.items()}
     path = folder / f"generated{ending}"
     grids["generated"] = save_samples(preview.generated, preview.names, model, path)
-    grids["compared"] = plot_rows(rows, titles, folder / f"compared{ending}")
+    titles = [f"t = {t}" for t in preview.timesteps]
+    grids["compared"] = plot_rows(preview.rows, titles, folder / f"compared{ending}")
     return grids
 
 def print_files(files):
@@ -3306,19 +3282,13 @@ class Parser(argparse.ArgumentParser):
         default = " ".join(map(str, field.default)) if is_tuple else field.default
         if default not in (None, ""):
             meaning += f" (default: {default})"
-        metavar = {int: "N", float: "X", str: "PATH"}[kind]
-        if choices or name == "classes":
-            metavar = "NAME"
-        if name == "prompt":
-            metavar = "TEXT"
-        options = dict(type=kind, choices=choices, metavar=metavar, help=meaning)
-        if name == "image_size":
-            options |= dict(type=simplest_size, metavar="SIZE")
-        if is_tuple:
-            options["nargs"] = "+"
-        if name == "resume":
-            options |= dict(nargs="?", const="latest")
-        section.add_argument(f"--{name}", **options)
+        metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kind]
+        special = dict(
+            image_size=dict(type=simplest_size, metavar="SIZE"), classes=dict(metavar="NAME"),
+            prompt=dict(metavar="TEXT"), resume=dict(nargs="?", const="latest"))
+        options = dict(type=kind, choices=choices, metavar=metavar, nargs="+" if is_tuple else None)
+        options |= special.get(name, {})
+        section.add_argument(f"--{name}", help=meaning, **options)
 
 def run(work):
     """Do a command's work and return its exit code. What the user can fix is printed as a line."""

@@ -214,7 +214,7 @@ def test_the_defaults_warn_of_nothing(train, capsys):
 
 @pytest.mark.parametrize(
     "flag",
-    ("--individual out", "--init_image x.png --strength 0.3", "--interpolate 0", "--gif"),
+    ("--individual out", "--init_image x.png --strength 0.3", "--interpolate 5", "--gif"),
 )
 def test_flags_of_sampling_are_refused_in_training(train, capsys, flag):
     """--interpolate and --strength would change what the previews show."""
