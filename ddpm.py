@@ -1756,18 +1756,16 @@ def step_folder(model_path):
     return path.with_name(path.name + "_steps")
 
 def rename_old_step_folder(model_path):
-    """Earlier versions left out the suffix, as in model_steps for model.pt, so that lr0.1 and lr0.2
-    had one folder: give it its present name if its latest checkpoint that can be read is of this
-    model."""
-    path = Path(model_path)
-    new = step_folder(path)
-    old = path.with_name(path.stem + "_steps")
+    """Give the step folder of an earlier version, as in model_steps for model.pt, its present name.
+    Models lr0.1 and lr0.2 shared one: the latest checkpoint that can be read tells whose it is."""
+    new = step_folder(model_path)
+    old = new.with_name(Path(model_path).stem + "_steps")
     if new.exists():
         return
     for file in sorted(old.glob("step_*.pt"), reverse=True):
         with contextlib.suppress(UserError, OSError):  # another process may have renamed it
             owner = read_checkpoint(file)["config"]["model_path"]
-            if Path(owner).name == path.name:
+            if Path(owner).name == Path(model_path).name:
                 old.rename(new)
                 print(f"renamed   {old.name} to {new.name}")
             return
@@ -1942,11 +1940,9 @@ def describe_device(device):
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return f"{device} ({gpu.name}, {gpu.total_memory / 2**30:.0f} GiB)"
-    cpuinfo = Path("/proc/cpuinfo")
-    name = ""
-    if cpuinfo.exists():
-        name = cpuinfo.read_text().partition("model name\t: ")[2].partition("\n")[0]
-    name = name or platform.processor() or platform.machine()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, IndexError):  # only Linux has this file
+        name = re.findall("model name\t: (.*)", Path("/proc/cpuinfo").read_text())[0]
     return f"{device.type} ({name}, {torch.get_num_threads()} threads)"
 
 def peak_memory(device):
@@ -2629,9 +2625,8 @@ class MetricsLogger:
                 with open(self.path, "a") as f:
                     f.write(json.dumps(row) + "\n")
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
-        for q, loss in enumerate(values.get("loss_quarters", ()), 1):
-            if loss is not None:
-                numbers[f"loss/quarter_{q}"] = loss
+        quarters = enumerate(values.get("loss_quarters", ()), 1)
+        numbers |= {f"loss/quarter_{q}": loss for q, loss in quarters if loss is not None}
         self.tracker.log(state.step, numbers)
 
     def log_training(self, state, means):
@@ -2664,8 +2659,7 @@ class Tracker:
         if self.logger == "wandb":
             import wandb
             Path(config.samples_dir).mkdir(parents=True, exist_ok=True)
-            settings = dataclasses.asdict(config)
-            wandb.init(project="ddpm", dir=config.samples_dir, config=settings,
+            wandb.init(project="ddpm", dir=config.samples_dir, config=vars(config),
                        sync_tensorboard=True)
 
     def start(self, step):
@@ -2914,14 +2908,13 @@ class Frames:
     for an animation. shown: (level, uint8 (n, C, H, W)), on the device, or each step would wait."""
     def __init__(self, config, ts):
         self.size = config.image_size
-        self.next_level = dict(pairwise(ts))  # {t: the level that the step from t reaches}
-        chosen = evenly_spaced(np.array(ts[:-1]), 60 if config.gif else 9)
-        self.chosen = set(chosen.tolist())
+        chosen = evenly_spaced(np.array([*pairwise(ts)]), 60 if config.gif else 9)
+        self.next_level = dict(chosen.tolist())  # {t: the level that the step from t reaches}
         self.shown = []
 
     def add(self, start, t, x):
         """Keep x if it is of the first batch, which starts with image 0, and t was chosen."""
-        if start == 0 and t in self.chosen:
+        if start == 0 and t in self.next_level:
             self.shown.append((self.next_level[t], crop(to_pixels(x[:8]), self.size)))
 
 def image_path(config, i):
@@ -2936,13 +2929,11 @@ def images_to_sample(config, text_of, max_kept):
     known_by_text = config.interpolate is None and config.init_image is None
     if not config.individual or not known_by_text:
         return {}, mine
-    present = set(os.listdir(config.individual))
     kept = {}
     todo = []
     for i in mine:
         path = image_path(config, i)
-        can_stay = i >= config.sample_batch_size and path.name in present
-        if not (can_stay and is_from(path, text_of(i))):
+        if i < config.sample_batch_size or not is_from(path, text_of(i)):
             todo.append(i)
         elif i < max_kept:
             with Image.open(path) as image:
@@ -2957,7 +2948,7 @@ def is_from(path, text):
         with Image.open(path) as image:
             ours = {key: value for key, value in image.info.items() if key.startswith("ddpm:")}
         return ours == prefixed(text)
-    except (OSError, ValueError, SyntaxError):  # no PNG, or a damaged one
+    except (OSError, ValueError, SyntaxError):  # no file, no PNG, or a damaged one
         return False
 
 def list_individual(config):
@@ -2980,12 +2971,11 @@ def load_edit(config, model):
         return config, None, None
     image = load_image(config.init_image, config.image_size, model.image_channels, model.white,
                        config.resize)
-    if not config.strength:
-        config = override(config, strength=1.0 if config.mask else 0.5)
-    if not config.mask:
-        return config, image, None
-    mask = load_image(config.mask, config.image_size, 1, resize=config.resize) > 0
-    return config, image, mask.float()
+    mask = None
+    if config.mask:
+        mask = (load_image(config.mask, config.image_size, 1, resize=config.resize) > 0).float()
+    strength = config.strength or (1.0 if config.mask else 0.5)
+    return override(config, strength=strength), image, mask
 
 def png_text(config, num_steps, digest):
     """What a sampled PNG says about itself, {key: value}."""
@@ -3044,11 +3034,14 @@ def save_png(image, path, text=None):
         info.add_text(key, value)
     return atomic_write(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
+def magnified(pixels):
+    """Images (N, C, H, W), small ones enlarged by a whole factor to about 64 pixels."""
+    zoom = max(1, 64 // max(pixels.shape[2:]))
+    return pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+
 def save_grid(pixels, path, columns, text=None):
     """Write images (N, C, H, W) uint8 as one PNG, small ones magnified. Returns the path."""
-    zoom = max(1, 64 // max(pixels.shape[2:]))
-    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    grid = torchvision.utils.make_grid(pixels, columns, pad_value=255)
+    grid = torchvision.utils.make_grid(magnified(pixels), columns, pad_value=255)
     return save_png(to_images(grid[None])[0], path, text)
 
 def save_samples(pixels, names, model, path, text=None):
@@ -3057,19 +3050,17 @@ def save_samples(pixels, names, model, path, text=None):
     rows = list(dict.fromkeys(names))
     if not model.vocabulary or len(rows) > 50:
         return save_grid(pixels, path, grid_columns(len(pixels), rows), text)
-    zoom = max(1, 64 // max(pixels.shape[2:]))
-    height, width = (zoom * side for side in pixels.shape[2:])
+    pixels = magnified(pixels)
+    height, width = (side + 2 for side in pixels.shape[2:])  # with a gap
     columns = math.ceil(len(pixels) / len(rows))
-    page = Image.new("RGB", (200 + columns * (width + 2), len(rows) * (height + 2)), "white")
+    page = Image.new("RGB", (200 + columns * width, len(rows) * height), "white")
     for i, image in enumerate(to_images(pixels)):
-        place = (200 + i // len(rows) * (width + 2), i % len(rows) * (height + 2))
-        page.paste(image.resize((width, height), Image.NEAREST), place)
+        page.paste(image, (200 + i // len(rows) * width, i % len(rows) * height))
     draw = ImageDraw.Draw(page)
     for i, name in enumerate(rows):
-        max_lines = max(1, height // 13)
+        max_lines = max(1, (height - 2) // 13)
         lines = textwrap.wrap(printable(name), 30, max_lines=max_lines, placeholder=" …")
-        place = (4, i * (height + 2) + 4)
-        draw.text(place, "\n".join(lines), "black", ImageFont.load_default(12))
+        draw.text((4, i * height + 4), "\n".join(lines), "black", ImageFont.load_default(12))
     return save_png(page, path, text)
 
 def save_gif(frames, path):
