@@ -1824,8 +1824,7 @@ def free_path(path):
     return numbered
 
 def load_matching_weights(model, checkpoint, config):
-    """Load those weights of the checkpoint of --init_from that fit a new model. Returns a line
-    about the others. UserError if most do not fit."""
+    """Load the weights of --init_from that fit. Returns a line about them. UserError if few do."""
     path = config.init_from
     stored = stored_config(checkpoint, path)
     own = model.state_dict()
@@ -2028,7 +2027,7 @@ def is_held(file, host):
     try:
         import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if host == platform.node():
+        if host in ("", platform.node()):
             return False
     except BlockingIOError:
         return True
@@ -2399,8 +2398,6 @@ def print_banner(config, state, runtime, abar_T, origin):
     images = state.images
     n = len(images.train)
     parameters = sum(p.numel() for p in state.model.parameters())
-    labels = images.labels[images.train] if images.all_class_names else torch.empty(0).long()
-    counts = torch.bincount(labels[labels >= 0], minlength=len(images.all_class_names)).tolist()
     if state.total_steps:
         seen = state.total_steps * config.batch_size
         length = f"{state.total_steps} steps, {seen:,} images, {seen / n:.4g} epochs"
@@ -2411,7 +2408,7 @@ def print_banner(config, state, runtime, abar_T, origin):
           f"{len(images.validation)} for validation, {images.num_unreadable} unreadable{unused}; "
           f"{size_text(config.image_size)}, {images.channels} channels\n"
           f"cache     {images.pixels.nbytes / 1e6:.3g} MB in {cache_folder(config).resolve()}\n"
-          f"{describe_labels(images, counts)}\n"
+          f"{describe_labels(images)}\n"
           f"network   {config.arch}, {parameters:,} parameters\n"
           f"device    {describe_device(runtime.device)}, {runtime.precision}, processes "
           f"{runtime.world_size}, torch {torch.__version__}\n"
@@ -2422,21 +2419,17 @@ def print_banner(config, state, runtime, abar_T, origin):
           f"{step_folder(config.model_path).resolve()}")
     for note in images.notes:
         print(printable(note))
-    if counts and max(counts) > 10 * min(counts):
-        print("warning: the classes are far out of balance; expect the small ones to look worse")
     if abar_T > 0.01:
         print("warning: abar_T is above 0.01: sampling starts from purer noise than the network "
               "is trained on. Leave out --beta_start and --beta_end (a recipe's own go with "
               "--schedule cosine), or expect wrong colours")
-    if n < config.batch_size:
-        print(f"warning: {n} images for a batch of {config.batch_size}: they repeat in it")
     if n < 1000:
         print(f"note: {n} images will be memorised; from about 1,000 on a model invents")
     if origin:
         print(origin)
 
-def describe_labels(images, counts):
-    """The line of the banner about captions, or classes of which there are so many images each."""
+def describe_labels(images):
+    """The line of the banner about captions, or about classes and their images for training."""
     if images.captions:
         n = sum(map(bool, images.captions))
         cut = sum(len(split_words(text)) > MAX_WORDS for text in images.captions)
@@ -2444,8 +2437,9 @@ def describe_labels(images, counts):
         examples = "; ".join(map(printable, images.examples[::3]))
         return (f"captions  {n} of {len(images.captions)} images have one{cut}; "
                 f"{len(images.vocabulary)} different words; such as: {examples}")
+    counts = Counter(images.labels[images.train].tolist())
     names = map(printable, images.all_class_names)
-    classes = [f"{name} {count}" for name, count in zip(names, counts)]
+    classes = [f"{name} {counts[label]}" for label, name in enumerate(names)]
     if len(classes) > 12:
         classes[12:] = [f"{len(classes) - 12} more"]
     effect = "" if images.class_names else ": --guidance and --label_dropout have no effect"
@@ -2592,8 +2586,7 @@ class MetricsLogger:
         self.files = []
 
     def start(self, data, step):
-        """Write the first line and, of a run that is resumed at this step, the rows before it. What
-        other runs wrote is set aside."""
+        """Write the first line and, if the run is resumed, its rows to this step; set others aside."""
         head = dict(config={})
         rows = []
         with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
@@ -2647,8 +2640,7 @@ class MetricsLogger:
             self.files.append(plot_loss(self.rows, self.folder / "loss_graph.png"))
 
 class Tracker:
-    """Logs to what --logger names: TensorBoard, Weights & Biases, which gets all that is written
-    for TensorBoard, or nothing."""
+    """Logs to what --logger names. Weights & Biases gets all that is written for TensorBoard."""
     def __init__(self, config):
         self.logger = config.logger
         self.writer = None
@@ -2825,8 +2817,7 @@ def sample_batches(model, diffusion, config, labels, precision, indices, on_step
         yield batch, crop(to_pixels(x), config.image_size).cpu()  # x of the last step
 
 def sample_images(model, diffusion, config, labels, precision):
-    """An image per label, sampled in batches that all processes share: uint8 (N, C, H, W) on the
-    CPU of each."""
+    """An image per label, uint8 (N, C, H, W) on the CPU of each process; they share the work."""
     mine = process_share(len(labels))
     batches = sample_batches(model, diffusion, config, labels, precision, mine)
     return gather_images([pixels for _, pixels in batches], config, model)
@@ -2855,7 +2846,7 @@ def sample(config):
 
 MAX_SHOWN = 2500  # images in the grid of a sampling: nobody looks at more
 
-def sample_run(config, checkpoint, max_kept=None):
+def sample_run(config, checkpoint, max_kept=math.inf):
     """Sample from a checkpoint's model and write the images. Returns uint8 (N, C, H, W), the first
     max_kept of them: with --individual the others are in their files and take no memory."""
     check(config)
@@ -2880,7 +2871,7 @@ def sample_run(config, checkpoint, max_kept=None):
     def text_of(i):
         return text | dict(prompt=names[i]) if model.vocabulary else text
 
-    kept, todo = images_to_sample(config, text_of, max_kept or config.num_samples)
+    kept, todo = images_to_sample(config, text_of, max_kept)
     frames = Frames(config, ts)
     num_batches = math.ceil(len(todo) / config.sample_batch_size)
     with tqdm(total=num_batches * num_steps, unit="step", dynamic_ncols=True,
@@ -2894,7 +2885,7 @@ def sample_run(config, checkpoint, max_kept=None):
             for i, single in zip(indices, pixels):
                 if config.individual:
                     save_png(to_images(single[None])[0], image_path(config, i), text_of(i))
-                if i < (max_kept or config.num_samples):
+                if i < max_kept:
                     kept[i] = single
     pixels = gather_images([kept[i][None] for i in sorted(kept)], config, model)
     leave_processes()
@@ -2922,9 +2913,9 @@ def image_path(config, i):
     return Path(config.individual, f"{i:05d}.png")
 
 def images_to_sample(config, text_of, max_kept):
-    """What a sampling that was stopped has left to do in this process: ({number: image} of those
-    that are there, up to max_kept; the numbers of the others). The first batch is always sampled,
-    to show its steps. text_of(i): in a PNG tells whether it is of the same sampling."""
+    """What --individual has of this sampling, if it was stopped, and what is left to this process:
+    ({number: image}, up to max_kept; the other numbers). The first batch is always sampled, to show
+    its steps. text_of(i): what the file of image i would tell about itself."""
     mine = process_share(config.num_samples)
     known_by_text = config.interpolate is None and config.init_image is None
     if not config.individual or not known_by_text:
@@ -2988,8 +2979,7 @@ def png_text(config, num_steps, digest):
     return text
 
 def write_samples(config, pixels, frames, model, names, text):
-    """Write sampled images (N, C, H, W) uint8 and their trajectory. names: of the classes or
-    captions. Returns the paths."""
+    """Write samples (N, C, H, W) uint8 of these classes or captions, and frames. Returns paths."""
     folder = Path(config.samples_dir)
     if model.vocabulary:
         text = text | dict(prompt=" | ".join(dict.fromkeys(names)))
@@ -3045,8 +3035,8 @@ def save_grid(pixels, path, columns, text=None):
     return save_png(to_images(grid[None])[0], path, text)
 
 def save_samples(pixels, names, model, path, text=None):
-    """Write samples (N, C, H, W) uint8 as one PNG: in columns by class, or in rows by caption with
-    it beside them. names: of the classes or captions, in turn. Returns the path."""
+    """Write samples (N, C, H, W) uint8 as one PNG: in columns by class, or in rows with the caption
+    beside them. names: of the classes or captions, in turn. Returns the path."""
     rows = list(dict.fromkeys(names))
     if not model.vocabulary or len(rows) > 50:
         return save_grid(pixels, path, grid_columns(len(pixels), rows), text)
@@ -3327,7 +3317,7 @@ def run_mode(mode, given):
         checkpoint = read_checkpoint(path)
         config = sampling_config(checkpoint, path, given)
         warn_of_unused(config, given)
-        max_kept = MAX_SHOWN if config.interpolate is None else None
+        max_kept = MAX_SHOWN if config.interpolate is None else math.inf
         sample_run(override(config, model_path=path), checkpoint, max_kept)
         return
     checkpoint = None
