@@ -2168,8 +2168,8 @@ class TrainState:
         advice = f"No checkpoint yet: start again with {remedy}."
         for last in step_files(self.config.model_path)[-1:]:
             advice = f"Resume the last good checkpoint with --resume {last} and {remedy}."
-        raise UserError(f"Non-finite {what} at step {step} (lr {self.lr:.2g}, {self.precision}). "
-                        f"{advice}")
+        message = f"Non-finite {what} at step {step} (lr {self.lr:.2g}, {self.precision}). {advice}"
+        raise UserError(message)
 
 class LossMeter:
     """The training loss since the last `read`, in all and by quarter of the timesteps, and the step
@@ -2586,7 +2586,7 @@ class MetricsLogger:
         self.files = []
 
     def start(self, data, step):
-        """Write the first line and, if the run is resumed, its rows to this step; set others aside."""
+        """Write the first line and a resumed run's rows to this step; set other runs' aside."""
         head = dict(config={})
         rows = []
         with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
