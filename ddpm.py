@@ -2043,32 +2043,15 @@ def renew(path, stop):
         with contextlib.suppress(OSError):
             os.utime(path)
 
-class Agreement:
-    """progress (0 to 1) and stop_signal (0: none), the same in all processes."""
-    def __init__(self, config, state, runtime):
-        self.runtime = runtime
-        self.by_clock = config.minutes is not None
-        self.next_vote = state.step
-        self.interval = 1  # steps between votes: a second, but at most ten
-        self.voted = -math.inf
-
-    def update(self, step, stop_signal, progress):
-        """Any process may ask to stop; with --minutes the clock of rank 0 counts."""
-        alone = self.runtime.world_size == 1
-        if alone or not self.by_clock:
-            self.progress = progress  # a function of the step is the same in all processes
-        if alone:
-            self.stop_signal = stop_signal
-        elif step >= self.next_vote:  # it takes time; between, the last values
-            progress = progress if self.runtime.is_main else 0.0
-            largest = torch.tensor([stop_signal, progress, time.monotonic() - self.voted])
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            self.stop_signal = int(largest[0])
-            if self.by_clock:
-                self.progress = largest[1].item()
-            self.interval = max(1, min(10, int(self.interval / largest[2])))
-            self.next_vote = step + self.interval
-            self.voted = time.monotonic()
+def agree(runtime, stop_signal, progress):
+    """(stop_signal, progress), the same in all processes: any may ask to stop, and the progress is
+    that of rank 0, whose clock counts with --minutes."""
+    if runtime.world_size == 1:
+        return stop_signal, progress
+    progress = progress if runtime.is_main else 0.0
+    largest = torch.tensor([stop_signal, progress], dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest[0]), largest[1].item()
 
 # ----------------------------------------------------------------------------------------- training
 
@@ -2307,15 +2290,14 @@ def check_run(config, runtime):
 def train_loop(config, state, diffusion, runtime, previewer, logger):
     """Train to the end or a stop request. Returns its signal, or 0. logger: None unless is_main."""
     meter = LossMeter(diffusion.T, runtime)
-    agreement = Agreement(config, state, runtime)
     start_step = state.step
     state.started = time.monotonic()  # --minutes counts from here
     with stop_requests() as stop, progress_bar(state, runtime) as bar:
         while True:
             # ------------------------------------------- agree whether to go on, log, save, preview
-            agreement.update(state.step, stop.signum, state.progress())
-            finished = agreement.progress >= 1
-            stop_signal = 0 if finished else agreement.stop_signal  # a finished run was not stopped
+            stop_signal, progress = agree(runtime, stop.signum, state.progress())
+            finished = progress >= 1
+            stop_signal = 0 if finished else stop_signal  # a finished run was not stopped
             leaving = finished or stop_signal > 0
             is_new = finished or state.step > start_step  # the others are saved and shown already
             preview_due = is_new and (finished or state.step % config.sample_every == 0)
@@ -2341,7 +2323,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             if leaving:
                 return stop_signal
             # -------------------------------------------------------------------- one training step
-            state.lr = learning_rate(config, state.step, agreement.progress)
+            state.lr = learning_rate(config, state.step, progress)
             train_step(config, state, diffusion, runtime, meter)
             bar.update(round(state.progress() * bar.total) - bar.n)  # in steps, or seconds
 
@@ -2837,12 +2819,11 @@ def sample(config):
     """Sample from the model at config.model_path. Returns the images, uint8 (N, C, H, W)."""
     path = find_model(config.model_path)
     checkpoint = read_checkpoint(path)
-    given = {name: getattr(config, name) for name in changeable("sample")}
-    merged = sampling_config(checkpoint, path, given)
-    unconditional = not (checkpoint["classes"] or checkpoint.get("vocabulary"))
-    if unconditional and config.guidance == Config.guidance:  # default, not asked for
-        merged = override(merged, guidance=1.0)
-    return sample_run(override(merged, model_path=path), checkpoint)
+    given = {name: getattr(config, name) for name in changeable("sample")} | dict(model_path=path)
+    conditional = checkpoint["classes"] or checkpoint.get("vocabulary")
+    if config.guidance == Config.guidance and not conditional:  # default, not asked for
+        given["guidance"] = 1.0
+    return sample_run(sampling_config(checkpoint, path, given), checkpoint)
 
 MAX_SHOWN = 2500  # images in the grid of a sampling: nobody looks at more
 

@@ -388,25 +388,18 @@ def test_a_run_is_resumed_with_another_number_of_processes(
         assert torch.allclose(weight, shared["weights"][name], atol=1e-5), name
 
 
-@pytest.mark.parametrize("seconds, longest", [(0.01, 10), (0.25, 4), (3.0, 1)])
-def test_processes_agree_to_stop_by_time(monkeypatch, seconds, longest):
-    """torchrun kills thirty seconds after SIGTERM, however long a step is."""
-    clock = [100.0]
-    votes = []
-    monkeypatch.setattr(ddpm.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(ddpm.dist, "all_reduce", lambda *_: votes.append(step))
-    state = types.SimpleNamespace(step=1000)
-    runtime = ddpm.Runtime(torch.device("cpu"), "fp32", 0, world_size=2)
-    agreement = ddpm.Agreement(ddpm.Config(), state, runtime)
-    for step in range(1000, 1100):
-        agreement.update(step, signal.SIGTERM if step >= 1050 else 0, 0.5)
-        assert agreement.progress == 0.5
-        if agreement.stop_signal:
-            break
-        clock[0] += seconds
-    gaps = np.diff(votes[1:])
-    assert votes[0] == 1000 and gaps.max() == longest and gaps.max() * seconds <= 3
-    assert agreement.stop_signal == signal.SIGTERM and step < 1060
+def test_any_process_may_stop_all_and_the_clock_of_the_first_counts(monkeypatch):
+    def agreed(rank, stop_signal, progress, of_the_other):
+        def all_reduce(largest, op):
+            largest.copy_(torch.maximum(largest, torch.tensor(of_the_other).to(largest)))
+
+        monkeypatch.setattr(ddpm.dist, "all_reduce", all_reduce)
+        runtime = ddpm.Runtime(torch.device("cpu"), "fp32", rank, world_size=2)
+        return ddpm.agree(runtime, stop_signal, progress)
+
+    third = 1 / 3
+    assert agreed(0, 0, third, (float(signal.SIGTERM), 0.0)) == (signal.SIGTERM, third)
+    assert agreed(1, signal.SIGINT, 0.9, (0.0, 0.5)) == (signal.SIGINT, 0.5)
 
 
 def test_one_process_of_a_machine_decodes_for_the_others(two, image_folder, tmp_path):
