@@ -2342,7 +2342,8 @@ def train_step(config, state, diffusion, runtime, meter):
         y = torch.where(hidden.view(-1, *[1] * (y.ndim - 1)), -1, y)  # of captions all words
         t = torch.randint(config.timesteps, (len(x0),), device=runtime.device)
         eps = torch.randn_like(x0)
-        with gradient_sync(state.network, i == config.grad_accum - 1):
+        waits = runtime.world_size > 1 and i + 1 < config.grad_accum  # to average gradients once
+        with state.network.no_sync() if waits else contextlib.nullcontext():
             with autocast(runtime.device, runtime.precision):
                 losses = diffusion.loss(state.network, x0, t, eps, y)  # (n,)
             state.scaler.scale(losses.mean() / config.grad_accum).backward()
@@ -2357,12 +2358,6 @@ def train_step(config, state, diffusion, runtime, meter):
     meter.end_step(state.step, state.grad_norm + losses.detach().sum())  # NaN if either is
     state.step += 1
     return x0, losses.detach()
-
-def gradient_sync(network, wanted):
-    """The context of a micro-batch: in that of the last one processes average their gradients."""
-    if wanted or not isinstance(network, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return network.no_sync()
 
 def dry_run(config, state, diffusion, runtime):
     """One training step that writes nothing, and what it took."""
@@ -2405,6 +2400,8 @@ def print_banner(config, state, runtime, abar_T, origin):
         print("warning: abar_T is above 0.01: sampling starts from purer noise than the network "
               "is trained on. Leave out --beta_start and --beta_end (a recipe's own go with "
               "--schedule cosine), or expect wrong colours")
+    if n < config.batch_size:
+        print(f"warning: {n} images for a batch of {config.batch_size}: they repeat in it")
     if n < 1000:
         print(f"note: {n} images will be memorised; from about 1,000 on a model invents")
     if origin:
@@ -2720,15 +2717,9 @@ def sample_labels(classes, class_names, n):
 
 def split_classes(text, class_names):
     """The names in a list of classes like "lion,tiger". Names of classes may have commas."""
-    parts = text.split(",")
-    names = []
-    while parts:
-        joined = [",".join(parts[:n]) for n in range(len(parts), 0, -1)]  # the longest first
-        known = (name for name in joined if name in class_names or name.strip() in class_names)
-        name = next(known, joined[-1])
-        names.append(name if name in class_names else name.strip())
-        del parts[: name.count(",") + 1]
-    return names
+    longest_first = sorted(class_names, key=len, reverse=True)
+    known = "|".join(map(re.escape, longest_first))
+    return re.findall(rf"\s*?({known}|(?!\s)[^,]*?)\s*,", text + ",")  # or all up to a comma
 
 def reverse_timesteps(config):
     """The timesteps to sample at: from pure noise, or from the noise level of --strength."""
@@ -2927,15 +2918,13 @@ def list_individual(config):
     """The files that --individual wrote. A note is printed of those of an earlier sampling."""
     if not config.individual:
         return []
-    names = [image_path(config, i).name for i in range(config.num_samples)]
-    written = set(names)
-    stale = [path.name for path in sorted(Path(config.individual).glob("*.png"))
-             if path.stem.isdecimal() and path.name not in written]
+    folder = Path(config.individual).resolve()
+    stale = [path.name for path in sorted(folder.glob("*.png"))
+             if path.stem.isdecimal() and int(path.stem) >= config.num_samples]
     if stale:
         print(f"note: {len(stale)} files of an earlier sampling are left in {config.individual}, "
               f"such as {stale[0]}")
-    folder = Path(config.individual).resolve()
-    return [str(folder / name) for name in names]
+    return [str(folder / image_path(config, i).name) for i in range(config.num_samples)]
 
 def load_edit(config, model):
     """For --init_image and --mask: (config with a strength, image or None, mask or None)."""
