@@ -2797,8 +2797,7 @@ def sample_images(model, diffusion, config, labels, precision):
 
 def gather_images(batches, config, model):
     """The batches of all processes, (n, C, H, W) uint8, as one, in each of them."""
-    shape = (model.image_channels, *image_sides(config.image_size))
-    no_images = torch.empty(0, *shape, dtype=torch.uint8)
+    no_images = torch.empty(0, model.image_channels, *image_sides(config.image_size)).byte()
     pixels = torch.cat([no_images, *batches])
     if not dist.is_initialized():
         return pixels
