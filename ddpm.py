@@ -1248,10 +1248,11 @@ def notes_on_folders(root, parts):
     """Notes about sub-folders that may be no classes. parts: of the paths of all images. UserError
     for those that are splits of one data set."""
     tops = {p[0] for p in parts if len(p) > 1}
-    lower = {name.lower() for name in tops}
-    are_splits = len(tops) > 1 and lower <= SPLITS and lower & {"train", "training"}
-    require(not are_splits, f"The sub-folders of {root} look like splits of one data set, not like "
-            f"classes: give --data_path one of them, {', '.join(sorted(tops))}.")
+    training = [str(root / name) for name in tops if name.lower() in ("train", "training")]
+    are_splits = training and len(tops) > 1 and {name.lower() for name in tops} <= SPLITS
+    require(not are_splits, f"The sub-folders of {root}, {', '.join(sorted(tops))}, look like "
+            "splits of one data set, not like classes: give --data_path "
+            f"{' or '.join(training)}.")
     notes = []
     empty = [path.name for path in root.iterdir()
              if path.is_dir() and path.name[0] != "." and path.name not in tops]

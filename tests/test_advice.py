@@ -94,7 +94,7 @@ def test_the_folder_of_images_that_is_named_works(train, capsys, tmp_path, image
     path = next((tmp_path / "splits" / "train").glob(given), tmp_path / given)
     assert train("--data_path", path) == 1
     patterns = {
-        "image.png": r"give --data_path its folder, (\S+)\.$",
+        "image.png": r"give --data_path a folder of images, such as (\S+)\.$",
         "splits": r"give --data_path (\S+)\.$",
         "gone": r"give --data_path an image folder, or one of (\w+), ",
     }
