@@ -185,7 +185,7 @@ def test_another_model_can_be_chosen_and_a_long_sampling_be_stopped(visit):
     page = visit()
     page.get_by_role("combobox", name="Model").click()
     page.get_by_role("option", name="animals.pt: animal_data, 64x64, 5 classes").click()
-    page.get_by_text("50", exact=True).wait_for()  # the steps that this model proposes
+    page.get_by_text("100 drawings").first.wait_for()  # the card of this model
     settle(page)
     set_steps(page, "End")  # 1000: minutes
     submit(page).click()
