@@ -1,11 +1,12 @@
-"""Draws the example pictures: cats, dogs, elephants, lions and tigers, 128 x 128 pixels each.
+"""Draws the example images: cats, dogs, elephants, lions and tigers, 128 x 128 pixels each.
 
-Every picture is built from plain shapes (smooth outlines, ovals and tapered strokes).  A picture's
+Every image is built from plain shapes (smooth outlines, ovals and tapered strokes).  An image's
 choices (pose, coat, background, light, expression) come from a generator seeded by --seed, the animal
-and the picture's number, so the same command always draws the same pictures.
+and the image's number, so the same command always draws the same images.
 """
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -15,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFilter
 
-SIZE = 128  # side of a finished picture
-ZOOM = 4  # pictures are painted this much larger and then shrunk, which smooths the edges
+SIZE = 128  # side of a finished image
+ZOOM = 4  # images are painted this much larger and then shrunk, which smooths the edges
 INK, WHITE, IVORY = (38, 30, 34), (252, 250, 246), (255, 246, 224)
 PINK, TONGUE = (232, 140, 150), (240, 118, 132)
 
@@ -700,7 +701,7 @@ def pick_scene(options, start, coat):
     return (clear or order)[0]
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 POSES = ["head"] * 14 + ["sit"] * 6
 ELEPHANT_POSES = ["head"] * 14 + ["front"] * 6
@@ -724,7 +725,7 @@ def tinted(image, rng):
 
 
 def framed(pen, pose, scene, rng, side, shrink):
-    """The finished picture of a pen's forms in a scene: painted at `side` pixels, then shrunk."""
+    """The finished image of a pen's forms in a scene: painted at `side` pixels, then shrunk."""
     corners = np.vstack([p for f in pen.forms if not f.free and f.alpha == 1 for p in f.polys])
     low, span = corners.min(0), corners.max(0) - corners.min(0)
     scale = rng.uniform(0.88, 0.94) / span.max()
@@ -739,8 +740,8 @@ def framed(pen, pose, scene, rng, side, shrink):
     return tinted(image.resize((side // shrink,) * 2, Image.Resampling.LANCZOS), rng)
 
 
-def picture(kind, seed, index):
-    """Draws picture number `index` of a kind of animal."""
+def draw_image(kind, seed, index):
+    """Draws image number `index` of a kind of animal."""
     name, rng = f"{seed}/{kind}", random.Random(f"{seed}/{kind}/{index}")
     pose = deal(f"{name}/pose", ELEPHANT_POSES if kind == "elephant" else POSES, index)
     coat = deal(f"{name}/coat", coats(kind), index)
@@ -755,7 +756,7 @@ def picture(kind, seed, index):
     return framed(pen, pose, scene, rng, SIZE * ZOOM, ZOOM)
 
 
-# ---------------------------------------------------------------- captioned pictures
+# ---------------------------------------------------------------- captioned images
 
 # coats: base, light, markings, mane
 PAINTS = {
@@ -806,7 +807,7 @@ def combination(text):
             rest = rest.replace(f" {name} ", " ", 1)
             twice = words[name].keys() & found.keys()
             if twice:
-                raise ValueError(f'"{text}" names two values of {min(twice)}, which no picture has: give one')
+                raise ValueError(f'"{text}" names two values of {min(twice)}, which no image has: give one')
             found |= words[name]
     if rest.strip() or not found:
         known = ", ".join(name for name in words if "colour" not in words[name])
@@ -828,7 +829,7 @@ def has(attributes, wanted):
 
 
 def choose(rng, without=()):
-    """The attributes of a picture, with none of the combinations in `without`."""
+    """The attributes of an image, with none of the combinations in `without`."""
     for _ in range(10_000):
         shown = {name: rng.choice(values) for name, values in ATTRIBUTES.items()}
         if shown["accessory"] == "none":
@@ -869,15 +870,15 @@ def caption(said, rng):
 
 
 def captioned(seed, index, without=()):
-    """The attributes of picture number `index`, those that its caption says, and the caption."""
+    """The attributes of image number `index`, those that its caption says, and the caption."""
     rng = random.Random(f"{seed}/caption/{index}")
     shown = choose(rng, without)
     said = mention(shown, rng)
     return shown, said, caption(said, rng)
 
 
-def captioned_picture(shown, seed, index):
-    """Draws picture number `index` with these attributes, 64 x 64 pixels, painted three times as large."""
+def draw_captioned_image(shown, seed, index):
+    """Draws image number `index` with these attributes, 64 x 64 pixels, painted three times as large."""
     rng = random.Random(f"{seed}/captioned/{index}")
     kind = shown["animal"]
     base, light, marks, mane = (ImageColor.getrgb(f"#{c}") for c in PAINTS[shown["coat"]].split())
@@ -897,31 +898,36 @@ def captioned_picture(shown, seed, index):
 
 
 def draw_captioned(out, count, seed, without):
-    """Writes `count` captioned pictures and their captions, metadata.jsonl, to the folder."""
+    """Writes `count` captioned images and their captions, metadata.jsonl, to the folder."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "metadata.jsonl", "w") as lines:
         for index in range(count):
             shown, _, text = captioned(seed, index, without)
             name = f"{index:05d}.png"
-            captioned_picture(shown, seed, index).save(out / name)
+            draw_captioned_image(shown, seed, index).save(out / name)
             lines.write(json.dumps({"file_name": name, "text": text, **shown}) + "\n")
+    for index in itertools.count(count):  # of an earlier, longer run: they are not in the captions any more
+        earlier = out / f"{index:05d}.png"
+        if not earlier.exists():
+            break
+        earlier.unlink()
 
 
 def draw_classes(out, count, seed):
-    """Writes `count` pictures of each animal to a folder of its name."""
+    """Writes `count` images of each animal to a folder of its name."""
     for kind in COATS:
         (out / kind).mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            picture(kind, seed, index).save(out / kind / f"{kind}_{index:02d}.png")
+            draw_image(kind, seed, index).save(out / kind / f"{kind}_{index:02d}.png")
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description="Draw the example pictures of five animals.")
+    parser = argparse.ArgumentParser(description="Draw the example images of five animals.")
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="another seed draws other pictures (default 0)")
+    add("--seed", type=int, default=0, help="another seed draws other images (default 0)")
     add("--out", type=Path, help="folder to write to (default: this script's)")
-    add("--count", type=int, default=20, help="pictures per animal, with --captions in all (default 20)")
-    add("--captions", action="store_true", help="pictures of 64 x 64 pixels, described in metadata.jsonl")
+    add("--count", type=int, default=20, help="images per animal, with --captions in all (default 20)")
+    add("--captions", action="store_true", help="images of 64 x 64 pixels, described in metadata.jsonl")
     add("--without", nargs="+", default=[], metavar="WORDS",
         help='with --captions: attributes that never occur together, as in "white tiger" "lion hat"; '
              f"unseen stands for {', '.join(UNSEEN)}")
@@ -936,7 +942,7 @@ def main():
     if args.captions and not args.out:
         parser.error("--captions needs a folder: give --out FOLDER")
     if args.without and not args.captions:
-        parser.error("--without needs --captions: other pictures have no attributes to keep apart")
+        parser.error("--without needs --captions: other images have no attributes to keep apart")
     out = args.out or Path(__file__).resolve().parent
     total = args.count if args.captions else args.count * len(COATS)
     try:
@@ -948,7 +954,7 @@ def main():
         parser.error(str(problem))
     except OSError as problem:
         parser.error(f"cannot write to {out}: {problem.strerror or problem}")
-    print(f"wrote {total} pictures to {out}")
+    print(f"wrote {total} images to {out}")
 
 
 if __name__ == "__main__":

@@ -449,7 +449,7 @@ def striped(shown, seed, index):
 
 def test_images_of_the_prompts_score_as_drawings_do_and_shuffled_ones_by_chance(run, monkeypatch):
     """A model that does what is asked at guidance 1, and shows one image at guidance 2."""
-    monkeypatch.setattr(draw, "captioned_picture", striped)
+    monkeypatch.setattr(draw, "draw_captioned_image", striped)
 
     def sample(loaded, prompts, guidance, args):
         shown = [(p if guidance == 1 else prompts[0]).shown for p in prompts]

@@ -1119,7 +1119,7 @@ def attribute_labels(described):
 
 def drawings(shown, seed):
     """Drawings of [{attribute: value}]: Labelled, labels (N, attributes)."""
-    pixels = [np.asarray(draw.captioned_picture(attributes, seed, i))
+    pixels = [np.asarray(draw.draw_captioned_image(attributes, seed, i))
               for i, attributes in enumerate(tqdm(shown, "drawings", leave=False, mininterval=5))]
     return Labelled(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), attribute_labels(shown))
 
