@@ -68,7 +68,24 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="a long form: give --slow"))
 
 
+def write_dot(_, path, text=None):
+    """Stands for a function that plots: an image of one pixel."""
+    return ddpm.save_png(Image.new("L", (1, 1)), path, text)
+
+
+# What takes the place of plots, since a figure takes longer than the training in a test.
+DOTS = dict(
+    plot_rows=lambda rows, titles, path, text=None: write_dot(rows, path, text),
+    plot_schedules=write_dot,
+    plot_loss=write_dot,
+    save_figure=write_dot,
+)
+PLOTS = {name: getattr(ddpm, name) for name in DOTS}
+
+
 def pytest_configure():
+    for name, dot in DOTS.items():
+        setattr(ddpm, name, dot)
     if (
         signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     ):  # as in a shell's background: tests send it
@@ -125,14 +142,16 @@ def main(tmp_path, monkeypatch):
     return lambda *flags: exit_code(ddpm.main, *flags)
 
 
+def use_real_plots(patch):
+    """Plot as the program does. patch: a MonkeyPatch."""
+    for name, function in PLOTS.items():
+        patch.setattr(ddpm, name, function)
+
+
 @pytest.fixture
-def quick_plots(monkeypatch):
-    """Plots come out as one grey pixel: matplotlib takes longer than the training in a test."""
-
-    def savefig(self, file, **_):
-        Image.new("L", (1, 1)).save(file, "PNG")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+def real_plots(monkeypatch):
+    """Plots are real ones; in other tests they are dots."""
+    use_real_plots(monkeypatch)
 
 
 @pytest.fixture(scope="session")

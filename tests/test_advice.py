@@ -10,7 +10,7 @@ import ddpm
 
 
 @pytest.fixture
-def train(image_folder, tmp_path, monkeypatch, quick_plots):
+def train(image_folder, tmp_path, monkeypatch):
     """train(*flags) is the exit code of a short training in tmp_path; later flags count."""
     monkeypatch.chdir(tmp_path)
     base = ["--mode train", TINY, "--steps 2", *places(tmp_path / "run", image_folder)]
@@ -18,7 +18,7 @@ def train(image_folder, tmp_path, monkeypatch, quick_plots):
 
 
 @pytest.fixture
-def run(image_folder, tmp_path, monkeypatch, quick_plots):
+def run(image_folder, tmp_path, monkeypatch):
     """run(*flags) is the exit code of a whole command line in tmp_path."""
     monkeypatch.chdir(tmp_path)
     return lambda *flags: exit_code(ddpm.main, *flags)

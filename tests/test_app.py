@@ -319,7 +319,7 @@ def test_the_trajectory_is_that_of_the_sampler(project):
     assert torch.equal(trajectory[-1][0], steps[-1][1])
 
 
-def test_looking_inside_works_with_an_image_and_without(page):
+def test_looking_inside_works_with_an_image_and_without(page, real_plots):
     at = page("Look inside")
     assert not at.exception and not at.error
     captions = [c.value for c in at.caption]

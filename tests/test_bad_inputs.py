@@ -203,7 +203,7 @@ def clutter(tmp_path, image_folder):
 
 @pytest.mark.parametrize("flags, thing, remedy", CLASHES, ids=[row[0] for row in CLASHES])
 def test_flags_that_clash(
-    refused, image_folder, clutter, quick_plots, tmp_path, monkeypatch, flags, thing, remedy
+    refused, image_folder, clutter, tmp_path, monkeypatch, flags, thing, remedy
 ):
     if "Out of memory" in thing:  # what a run writes before its first step is no loss
         monkeypatch.setattr(ddpm, "open_run", lambda *_: None)
@@ -231,7 +231,7 @@ SAMPLING = [
 
 @pytest.mark.parametrize("flags, thing, remedy", SAMPLING, ids=[row[0] for row in SAMPLING])
 def test_flags_that_clash_with_a_model(
-    refused, clutter, quick_plots, monkeypatch, flags, thing, remedy
+    refused, clutter, monkeypatch, flags, thing, remedy
 ):
     if "Out of memory" in thing:
         monkeypatch.setattr(ddpm, "generate", lambda *_: torch.empty(10**15))
@@ -258,7 +258,7 @@ def test_an_error_that_is_a_bug_of_ours_is_not_hidden(main, image_folder, monkey
 # ---- what the known mistakes of the parser were
 
 
-def test_classes_with_numbers_for_names(main, image_folder, tmp_path, quick_plots):
+def test_classes_with_numbers_for_names(main, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "digits")
     for i, name in enumerate(("disc", "square", "stripes")):
         (tmp_path / "digits" / name).rename(tmp_path / "digits" / str(i))
@@ -644,7 +644,7 @@ def test_a_bad_checkpoint_starts_nothing(refused, image_folder, tmp_path, use, n
     refused([*base, use, "bad.pt"], "bad.pt", thing, remedy)
 
 
-def test_a_model_is_not_a_run_to_resume(refused, main, image_folder, tmp_path, quick_plots):
+def test_a_model_is_not_a_run_to_resume(refused, main, image_folder, tmp_path):
     """--resume saved_models/x.pt is a likely slip: the error names the step checkpoints."""
     assert main(*training(image_folder), "--model_path m/x.pt") == 0
     refused(
@@ -666,7 +666,7 @@ OTHER_STATES = [
 
 @pytest.mark.parametrize("part, value", OTHER_STATES)
 def test_a_run_whose_state_is_of_another_shape(
-    refused, trained, tmp_path, quick_plots, part, value
+    refused, trained, tmp_path, part, value
 ):
     [run] = trained.parent.glob("*_steps/step_*.pt")
     whole = torch.load(run, weights_only=True)

@@ -371,7 +371,7 @@ def test_edits_take_prompts(captioned, tmp_path, kind):
     assert results[0].shape == (3, 3, 16, 16) and not torch.equal(*results)
 
 
-def test_resuming_is_exact_and_other_captions_are_refused(images, tmp_path, quick_plots, capsys):
+def test_resuming_is_exact_and_other_captions_are_refused(images, tmp_path, capsys):
     write_jsonl(images, CAPTIONS.items())
     more = "--steps 6 --lr_schedule constant --save_every 3 --holdout 0.25 --hflip"
     assert train(tmp_path / "a", images, more) == 0
@@ -389,7 +389,7 @@ def test_resuming_is_exact_and_other_captions_are_refused(images, tmp_path, quic
     assert sorted((tmp_path / "b" / "data" / ".decoded").iterdir()) == decoded
 
 
-def test_init_from_drops_the_words_of_another_vocabulary(captioned, tmp_path, quick_plots, capsys):
+def test_init_from_drops_the_words_of_another_vocabulary(captioned, tmp_path, capsys):
     _, path = captioned
     other = write_jsonl(
         write_images(tmp_path / "other" / "data"), {**CAPTIONS, "red.png": "purple"}.items()

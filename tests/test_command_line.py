@@ -33,12 +33,12 @@ CHOICES = {
 
 
 @pytest.fixture
-def train(main, image_folder, quick_plots):
+def train(main, image_folder):
     return lambda *flags: main("--mode train", TINY, "--steps 1 --data_path", image_folder, *flags)
 
 
 @pytest.fixture
-def sample(main, trained, quick_plots):
+def sample(main, trained):
     more = "--num_samples 3 --sampling_steps 2 --precision fp32 --device cpu"
     return lambda *flags: main("--mode sample --model_path", trained, more, *flags)
 
@@ -107,7 +107,7 @@ def test_every_preset_is_free_of_contradictions(name, tmp_path):
 
 @pytest.mark.parametrize("name", ddpm.PRESETS)
 def test_every_preset_trains_a_step_and_samples_as_it_is(
-    name, main, image_folder, tmp_path, quick_plots
+    name, main, image_folder, tmp_path
 ):
     """Its own network, size, schedule, prediction and sampler; few steps and images only."""
     few = "--steps 1 --batch_size 4 --num_samples 2 --sampling_steps 2"
@@ -337,13 +337,13 @@ def test_the_command_line_and_not_the_checkpoint_says_where_images_go(main, trai
     assert set(trained.parent.rglob("*")) == before
 
 
-def test_denoising_steps_is_a_real_image(main, trained, tmp_path):
+def test_denoising_steps_is_a_real_image(main, trained, tmp_path, real_plots):
     assert main("--mode sample --model_path", trained, "--num_samples 2 --sampling_steps 3") == 0
     image = Image.open(tmp_path / "samples" / "denoising_steps.png")
     assert min(image.size) > 50 and image.text["ddpm:steps"] == "3"
 
 
-def test_the_grid_of_very_many_images_shows_the_first_ones(main, trained, tmp_path, quick_plots):
+def test_the_grid_of_very_many_images_shows_the_first_ones(main, trained, tmp_path):
     flags = "--sampling_steps 1 --sample_batch_size 500 --num_samples 2550 --precision fp32"
     assert main("--mode sample --device cpu", flags, "--model_path", trained) == 0
     with Image.open(tmp_path / "samples" / "generated_sample.png") as grid:  # 2500 of three classes
@@ -367,7 +367,7 @@ def sample_tiny(trained, tmp_path, **more):
 @pytest.mark.parametrize("precision", ("fp32", "auto", "bf16"))
 @pytest.mark.parametrize("sampler", ("ddpm", "ddim", "dpm++"))
 def test_a_seed_gives_the_same_images_whatever_the_batch(
-    trained, tmp_path, quick_plots, sampler, precision
+    trained, tmp_path, sampler, precision
 ):
     more = dict(sampler=sampler, precision=precision, eta=0.5, guidance=1.5)
     one, two, all_at_once = (
@@ -380,18 +380,18 @@ def test_a_seed_gives_the_same_images_whatever_the_batch(
     )
 
 
-def test_a_seed_gives_each_image_whatever_their_count(trained, tmp_path, quick_plots):
+def test_a_seed_gives_each_image_whatever_their_count(trained, tmp_path):
     few, many = (sample_tiny(trained, tmp_path, num_samples=n) for n in (3, 9))
     assert (few - many[:3]).abs().max() <= 1
 
 
-def test_images_and_seeds_differ(trained, tmp_path, quick_plots):
+def test_images_and_seeds_differ(trained, tmp_path):
     a, b = (sample_tiny(trained, tmp_path, seed=s, classes="disc") for s in (0, 1))
     assert len(torch.cat([a, b]).flatten(1).unique(dim=0)) == 10
 
 
 @pytest.mark.quick
-def test_the_flag_no_ema_samples_with_the_plain_weights(trained, tmp_path, quick_plots):
+def test_the_flag_no_ema_samples_with_the_plain_weights(trained, tmp_path):
     assert not torch.equal(
         sample_tiny(trained, tmp_path), sample_tiny(trained, tmp_path, ema=False)
     )
@@ -409,7 +409,7 @@ def decided(trained, tmp_path_factory):
 
 
 @pytest.mark.quick
-def test_classes_are_sampled_in_turn_or_as_chosen(decided, tmp_path, quick_plots):
+def test_classes_are_sampled_in_turn_or_as_chosen(decided, tmp_path):
     """Image 1 of all classes in turn is of class 1, as it is when only that class is sampled."""
     everything = sample_tiny(decided, tmp_path, num_samples=6)
     squares = sample_tiny(decided, tmp_path, num_samples=6, classes="square")
@@ -423,7 +423,7 @@ def test_classes_are_sampled_in_turn_or_as_chosen(decided, tmp_path, quick_plots
 
 
 @pytest.mark.quick
-def test_guidance_changes_the_images(decided, tmp_path, quick_plots):
+def test_guidance_changes_the_images(decided, tmp_path):
     assert (
         sample_tiny(decided, tmp_path) - sample_tiny(decided, tmp_path, guidance=4.0)
     ).abs().max() > 5
@@ -493,7 +493,7 @@ def test_a_missing_model_is_an_error(main, tmp_path, capsys):
     assert "gone.pt" in said_once(capsys) and not tree(tmp_path)
 
 
-def test_images_of_28_pixels_come_back_with_28(main, tmp_path, quick_plots):
+def test_images_of_28_pixels_come_back_with_28(main, tmp_path):
     (tmp_path / "grey").mkdir()
     for i in range(4):
         Image.new("L", (28, 28), 60 * i).save(tmp_path / "grey" / f"{i}.png")
@@ -507,7 +507,7 @@ def test_images_of_28_pixels_come_back_with_28(main, tmp_path, quick_plots):
 
 
 def test_a_model_trained_on_another_device_samples_on_this_one(
-    main, trained, tmp_path, quick_plots
+    main, trained, tmp_path
 ):
     checkpoint = torch.load(trained, weights_only=True)
     checkpoint["config"]["device"] = "cuda"
@@ -516,7 +516,7 @@ def test_a_model_trained_on_another_device_samples_on_this_one(
 
 
 def test_the_included_model_is_sampled_from_until_there_is_another(
-    main, tmp_path, capsys, quick_plots
+    main, tmp_path, capsys
 ):
     assert main("--mode sample --num_samples 2 --sampling_steps 1") == 0
     assert (

@@ -103,7 +103,7 @@ def test_ddim_pipeline_samples_our_images(tmp_path, predict, schedule):
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_trained_model_that_predicts_noise_samples_the_same(
-    run, image_folder, quick_plots, schedule
+    run, image_folder, schedule
 ):
     more = (
         f"--predict eps --schedule {schedule} --timesteps 1000 --no_class_cond --steps 60 --lr 1e-2"
@@ -192,7 +192,7 @@ def test_a_class_or_none_becomes_part_of_the_weights(run, capsys, label):
     assert config["num_class_embeds"] is None and config["class_embed_type"] is None
 
 
-def test_the_snippet_of_the_readme_samples_what_ddpm_samples(run, image_folder, quick_plots):
+def test_the_snippet_of_the_readme_samples_what_ddpm_samples(run, image_folder):
     """From the README's own lines: both commands, and the Python between them."""
     section = re.search(
         r"## To and from diffusers\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S
@@ -484,7 +484,7 @@ def test_there_and_back_gives_the_same_weights_and_settings(run, attention, sche
 
 
 def test_a_converted_checkpoint_samples_and_starts_a_training(
-    run, main, image_folder, quick_plots, capsys
+    run, main, image_folder, capsys
 ):
     kinds = dict(
         down_block_types=SMALL["down_block_types"][:2], up_block_types=SMALL["up_block_types"][2:]

@@ -385,7 +385,7 @@ def test_lab_is_colour(tmp_path):
     assert one(tmp_path).shape[0] == 3
 
 
-def test_the_scale_of_the_data_is_that_of_an_image_to_edit(main, tmp_path, quick_plots):
+def test_the_scale_of_the_data_is_that_of_an_image_to_edit(main, tmp_path):
     """It is in the checkpoint: an image half as bright as the data's white is grey."""
     (tmp_path / "D").mkdir()
     for i in range(4):

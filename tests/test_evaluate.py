@@ -286,7 +286,7 @@ def test_large_images_are_compared_at_64_pixels_and_borders_not_at_all():
 
 
 @pytest.mark.parametrize("n_validation", [60, 0])
-def test_copies_are_found_and_new_images_are_not(n_validation, tmp_path, quick_plots):
+def test_copies_are_found_and_new_images_are_not(n_validation, tmp_path):
     images = some_images(60, n_validation)
     copies, _ = evaluate.copying(images.pixels[:20], images, config(), "cpu")
     assert copies["fraction"] == 1 and copies["median"] < 0.5 and copies["real"] == 60
@@ -312,7 +312,7 @@ def test_samples_stand_beside_their_nearest(n, size, tmp_path, monkeypatch):
     assert torch.equal(rows[:, ::2].flatten(0, 1), samples[: size[0] * size[1] // 2])
 
 
-def test_a_single_training_image_says_nothing_about_copies(tmp_path, quick_plots):
+def test_a_single_training_image_says_nothing_about_copies(tmp_path):
     images = some_images(1, 0)
     numbers, _ = evaluate.copying(images.pixels, images, config(), "cpu")
     assert numbers["fraction"] is None and numbers["real_median"] is None
@@ -564,7 +564,7 @@ def test_one_command_prints_it_all(run, half_trained, tmp_path, capsys, script):
 
 
 def test_what_is_measured_is_the_validation_set_of_training(
-    run, half_trained, tmp_path, quick_plots, monkeypatch
+    run, half_trained, tmp_path, monkeypatch
 ):
     """Another --seed gives other samples, but leaves the split of the training run."""
     validation, asked = torch.load(half_trained, weights_only=True)["held_out"], []
@@ -582,7 +582,7 @@ def test_what_is_measured_is_the_validation_set_of_training(
 
 
 def test_labels_are_those_of_the_model(
-    run, half_trained, image_folder, tmp_path, quick_plots, monkeypatch
+    run, half_trained, image_folder, tmp_path, monkeypatch
 ):
     """Class folders are matched by name, and a folder that the model does not know has no label."""
     seen, folder = {}, tmp_path / "other"
@@ -603,7 +603,7 @@ def test_labels_are_those_of_the_model(
     assert any("trained on other images" in note for note in result(tmp_path)["notes"])
 
 
-def test_settings_come_from_the_checkpoint_unless_given(run, half_trained, tmp_path, quick_plots):
+def test_settings_come_from_the_checkpoint_unless_given(run, half_trained, tmp_path):
     assert run("--model_path", half_trained) == 0
     before = result(tmp_path)
     assert before["config"]["num_samples"] == 3 and before["config"]["sampler"] == "ddpm"
@@ -617,14 +617,14 @@ def test_settings_come_from_the_checkpoint_unless_given(run, half_trained, tmp_p
     assert not any("fid" in numbers for numbers in after["sets"].values())  # not asked for
 
 
-def test_without_validation_images_there_is_a_note(run, trained, tmp_path, quick_plots, capsys):
+def test_without_validation_images_there_is_a_note(run, trained, tmp_path, capsys):
     assert run("--model_path", trained) == 0
     assert list(result(tmp_path)["sets"]) == ["training"]
     assert "no image was kept for validation" in capsys.readouterr().out
 
 
 def test_too_few_images_for_the_features_give_a_note(
-    run, half_trained, tmp_path, quick_plots, script
+    run, half_trained, tmp_path, script
 ):
     assert run("--model_path", half_trained, "--num_samples 5 --features", script(Moments())) == 0
     assert sum("do not determine the covariance" in note for note in result(tmp_path)["notes"]) == 2
@@ -636,7 +636,7 @@ def fail_to_download(*_, **__):
 
 @pytest.mark.parametrize("lacking", ["torchmetrics", "torch_fidelity", "weights"])
 def test_the_rest_runs_without_what_fid_needs(
-    lacking, run, half_trained, tmp_path, quick_plots, monkeypatch, capsys
+    lacking, run, half_trained, tmp_path, monkeypatch, capsys
 ):
     if lacking == "weights":
         from torch_fidelity import feature_extractor_inceptionv3 as source

@@ -80,7 +80,7 @@ TINY = dict(
 
 
 def test_valid_settings_train_and_sample_or_are_refused_before_a_file_is_written(
-    image_folder, quick_plots
+    image_folder
 ):
     counts = dict(trained=0, refused=0)
 

@@ -75,7 +75,7 @@ def test_the_pretended_gpu_refuses_what_a_real_one_refuses_and_counts_waits():
     ),
 )
 def test_training_and_sampling_keep_everything_on_the_gpu(
-    flags, tmp_path, image_folder, capfd, quick_plots
+    flags, tmp_path, image_folder, capfd
 ):
     to = places(tmp_path, image_folder)
     with pretend_gpu.there():
@@ -93,7 +93,7 @@ def test_training_and_sampling_keep_everything_on_the_gpu(
     )
 
 
-def test_a_gpu_trains_and_samples_what_the_cpu_does(tmp_path, image_folder, quick_plots):
+def test_a_gpu_trains_and_samples_what_the_cpu_does(tmp_path, image_folder):
     """The same random numbers in fp32: the same weights and images, but for rounding. Then either
     run is resumed from half way on the other's device, to the same end."""
     flags = "--steps 6 --lr 1e-3 --hflip --grad_accum 2 --save_every 3"
@@ -134,7 +134,7 @@ def test_a_gpu_trains_and_samples_what_the_cpu_does(tmp_path, image_folder, quic
 @pytest.mark.parametrize("room", (80 * 2**30, 10_000))
 @pytest.mark.parametrize("flags", ("--precision bf16", "--precision fp32 --hflip --grad_accum 2"))
 def test_a_step_does_not_wait_for_the_gpu(
-    flags, room, tmp_path, image_folder, monkeypatch, quick_plots
+    flags, room, tmp_path, image_folder, monkeypatch
 ):
     """Ten steps more without a line, checkpoint or image among them cost not one wait more,
     wherever the images live."""
@@ -153,7 +153,7 @@ def test_a_step_does_not_wait_for_the_gpu(
     assert counts[0] == counts[1] and counts[0]["train_loop: item"] > 0
 
 
-def test_the_counter_sees_a_wait_in_a_step(tmp_path, image_folder, monkeypatch, quick_plots):
+def test_the_counter_sees_a_wait_in_a_step(tmp_path, image_folder, monkeypatch):
     real, counts = ddpm.update_ema, []
 
     def update_ema(ema, weights, *args):
@@ -170,7 +170,7 @@ def test_the_counter_sees_a_wait_in_a_step(tmp_path, image_folder, monkeypatch, 
 
 @pytest.mark.parametrize("sampler", ("ddpm", "ddim", "dpm++"))
 def test_sampling_does_not_wait_for_the_gpu_between_steps(
-    sampler, tmp_path, image_folder, quick_plots
+    sampler, tmp_path, image_folder
 ):
     """All of it: reading the model, sampling, and the images of the trajectory."""
     with pretend_gpu.there() as waits:
@@ -198,7 +198,7 @@ def test_images_live_on_the_gpu_where_there_is_room(image_folder, monkeypatch):
         assert x0.is_cuda and y.is_cuda
 
 
-def test_checkpointing_gives_the_same_gradients(image_folder, tmp_path, quick_plots):
+def test_checkpointing_gives_the_same_gradients(image_folder, tmp_path):
     with pretend_gpu.there():
         plain = run("cuda", tmp_path / "a", image_folder, "--steps 3 --dropout 0.2")
         again = run("cuda", tmp_path / "b", image_folder, "--steps 3 --dropout 0.2 --checkpointing")
@@ -206,7 +206,7 @@ def test_checkpointing_gives_the_same_gradients(image_folder, tmp_path, quick_pl
         assert torch.equal(again["weights"][name], weights), name
 
 
-def test_editing_and_evaluation_on_a_gpu(tmp_path, image_folder, monkeypatch, quick_plots):
+def test_editing_and_evaluation_on_a_gpu(tmp_path, image_folder, monkeypatch):
     image, seen = next(image_folder.rglob("*.png")), []
 
     def features(pixels):  # in the place of Inception, which would have to be downloaded

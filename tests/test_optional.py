@@ -18,7 +18,7 @@ SMALL = "--channel_mults 1 --attention none --num_samples 1 --sampling_steps 1 -
 
 
 @pytest.fixture
-def train(main, image_folder, tmp_path, quick_plots):
+def train(main, image_folder, tmp_path):
     """train(*flags) trains a tiny model run/model.pt and returns the exit code."""
 
     def run(*flags, data=image_folder):
@@ -111,7 +111,7 @@ def oddly_named(tmp_path_factory):
     return root
 
 
-def test_names_that_are_hard_to_draw(main, oddly_named, recwarn):
+def test_names_that_are_hard_to_draw(main, oddly_named, recwarn, real_plots):
     """Real plots: $ begins a formula in them, bytes that are no UTF-8 no text, and a font has not
     all letters."""
     where = places(Path("run"), oddly_named)

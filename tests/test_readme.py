@@ -45,7 +45,7 @@ def commands(page, program):
 # ------------------------------------------------------------------------------------------- code
 
 
-def test_the_python_of_the_readme_runs(image_folder, tmp_path, monkeypatch, quick_plots):
+def test_the_python_of_the_readme_runs(image_folder, tmp_path, monkeypatch):
     """Its ten lines, with a network and a length that a test needs no more than."""
     [snippet] = [b for b in code_blocks(section(README, "Use from Python")) if "import ddpm" in b]
     assert len([line for line in snippet.splitlines() if line]) == 10

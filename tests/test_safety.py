@@ -39,7 +39,7 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def train(main, image_folder, tmp_path, quick_plots):
+def train(main, image_folder, tmp_path):
     """train(*flags) trains a tiny model in tmp_path/run, saving at every step, and returns the exit
     code."""
 
@@ -513,7 +513,7 @@ def test_weights_that_are_not_finite_are_never_loaded(
 STORED = HERE / "checkpoint_format_1.pt"
 
 
-def test_a_checkpoint_of_format_1_still_loads_and_samples_the_same_images(tmp_path, quick_plots):
+def test_a_checkpoint_of_format_1_still_loads_and_samples_the_same_images(tmp_path):
     """File and images were made when format 1 was new: they have to come back, to one grey
     level."""
     expected = np.asarray(Image.open(STORED.with_suffix(".png")))
@@ -597,7 +597,7 @@ NASTY = [
 ]
 
 
-def test_names_in_a_checkpoint_reach_no_path_and_no_terminal(main, tmp_path, capsys, quick_plots):
+def test_names_in_a_checkpoint_reach_no_path_and_no_terminal(main, tmp_path, capsys):
     """Names of classes, the data's path and the folder of single images, as a stranger may choose
     them."""
     inner = tmp_path / "a" / "b"

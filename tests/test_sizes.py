@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, checkpoint, exit_code, places, tree, words
+from conftest import ROOT, TINY, checkpoint, exit_code, places, tree, use_real_plots, words
 from PIL import Image
 
 import convert
@@ -47,7 +47,9 @@ def run(ramps, tmp_path_factory):
     """The folder of a run of four steps on those images."""
     folder = tmp_path_factory.mktemp("run")
     more = "--steps 4 --save_every 2 --sample_every 4 --keep_last 9"
-    assert ddpm.main(words("--mode train", WIDE, more, *places(folder, ramps))) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        use_real_plots(patch)
+        assert ddpm.main(words("--mode train", WIDE, more, *places(folder, ramps))) == 0
     return folder
 
 
@@ -304,7 +306,7 @@ def test_a_run_writes_grids_of_its_shape(run):
     assert head["config"]["image_size"] == "32x16" and head["config"]["resize"] == "crop"
 
 
-def test_images_in_plots_are_not_distorted(tmp_path, monkeypatch):
+def test_images_in_plots_are_not_distorted(tmp_path, real_plots, monkeypatch):
     figures = []
     monkeypatch.setattr(ddpm, "save_figure", lambda figure, *_: figures.append(figure))
     for width, height in ((32, 16), (16, 32), (8, 512)):
@@ -349,7 +351,7 @@ def test_interpolating_gives_the_shape(sample):
     assert size("out/interpolation.gif") == (32, 16)
 
 
-def test_an_image_that_is_hardly_noised_comes_back_as_it_was(sample):
+def test_an_image_that_is_hardly_noised_comes_back_as_it_was(sample, real_plots):
     Image.fromarray(ramp(64, 32)).save("mine.png")
     edit = "--init_image mine.png --strength 0.001 --num_samples 1 --individual single"
     assert sample(edit) == 0

@@ -44,7 +44,7 @@ LIVELY = """--dropout 0.2 --hflip --label_dropout 0.3 --optimizer adam --grad_ac
 
 
 @pytest.fixture
-def train(main, image_folder, tmp_path, quick_plots):
+def train(main, image_folder, tmp_path):
     """train(*flags, name=...) trains a tiny model in tmp_path/name and returns the exit code."""
 
     def run(*flags, name="run", data=image_folder):
@@ -704,8 +704,10 @@ def test_the_names_of_steps_are_different_and_short(n, batch_size):
     assert len(ddpm.TrainState.epoch_name(state)) <= 5 + (n > batch_size)
 
 
-def test_plots_are_real_images(main, image_folder, tmp_path):
-    assert main("--mode train", TINY, "--data_path", image_folder, "--steps 1 --timesteps 600") == 0
+def test_plots_are_real_images(main, image_folder, tmp_path, real_plots):
+    """Of a run with validation images, and quarters of the timesteps that no step has met."""
+    more = "--steps 2 --sample_every 1 --timesteps 600 --holdout 0.25"
+    assert main("--mode train", TINY, "--data_path", image_folder, more) == 0
     for name in ("schedules", "forward_process", "loss_graph"):
         image = np.asarray(Image.open(tmp_path / "samples" / f"{name}.png").convert("L"))
         assert min(image.shape) > 60 and image.std() > 5
