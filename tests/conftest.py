@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +39,12 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-# Before the name of a program, for two processes of it.
-TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def torchrun(processes):
+    """What stands before the name of a program, for several processes of it."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
 
 
 def exit_code(main, *flags):
@@ -86,6 +92,7 @@ PLOTS = {name: getattr(ddpm, name) for name in DOTS}
 def pytest_configure():
     for name, dot in DOTS.items():
         setattr(ddpm, name, dot)
+    os.fsync = os.fstat  # waiting for a disk is most of a short run; it fails for what is no file
     if (
         signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     ):  # as in a shell's background: tests send it
@@ -117,16 +124,113 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def program(tmp_path):
-    """program(*flags) runs the real command line in a process of its own, in tmp_path."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+class Forked:
+    """A program in a process that the zygote forked: what tests need of subprocess.Popen."""
 
-    def run(*flags, file=ROOT / "ddpm.py", cwd=tmp_path, launcher=()):
-        command = [sys.executable, *launcher, str(file), *words(*flags)]
-        return subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-        )
+    def __init__(self, ask, file, flags, cwd, env, out, err):
+        self.ask = ask
+        self.code = None
+        for path in (out, err):
+            Path(path).touch()
+        argv = [str(file), *words(*flags)]
+        self.pid = ask(argv=argv, cwd=str(cwd), env=env, out=str(out), err=str(err))
+
+    def poll(self):
+        if self.code is None:
+            self.code = self.ask(poll=self.pid)
+        return self.code
+
+    def wait(self, seconds=300):
+        end = time.monotonic() + seconds
+        while self.poll() is None:
+            assert time.monotonic() < end, "it took for ever"
+            time.sleep(0.05)
+        return self.code
+
+    def send_signal(self, what):
+        if self.poll() is None:
+            os.kill(self.pid, what)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """zygote(**request) is the answer of tools/zygote.py, which runs as long as the tests."""
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "zygote.py")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with subprocess.Popen(command, env=os.environ | ONE_THREAD, **pipes) as process:
+
+        def ask(**request):
+            print(json.dumps(request), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture
+def background(request, tmp_path):
+    """background(*flags) starts the real command line in a process of its own, in tmp_path, and
+    returns it. Its output goes to tmp_path/log, or to out and err. With --slow Python is started for
+    it, which is forked otherwise."""
+    started = []
+
+    def start(*flags, file=ROOT / "ddpm.py", cwd=tmp_path, out=tmp_path / "log", err=None, **more):
+        env = os.environ | ONE_THREAD | more
+        err = err or out
+        if request.config.getoption("--slow"):
+            command = [sys.executable, "-u", str(file), *words(*flags)]
+            with open(out, "a") as to_out, open(err, "a") as to_err:
+                to = dict(stdout=to_out, stderr=to_err, start_new_session=True)
+                process = subprocess.Popen(command, cwd=cwd, env=env, **to)
+        else:
+            ask = request.getfixturevalue("zygote")
+            process = Forked(ask, file, flags, cwd, env, out, err)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def like_torchrun(rank, size, port):
+    """The environment that torchrun gives to a process."""
+    names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_PORT=port)
+    values = {name: str(value) for name, value in names.items()}
+    return values | dict(MASTER_ADDR="127.0.0.1", TORCHELASTIC_RUN_ID="tests")
+
+
+@pytest.fixture
+def program(request, background, tmp_path, tmp_path_factory):
+    """program(*flags) runs the real command line in processes of its own, in tmp_path. They are
+    forked, unless real is true or --slow given: then Python and, for several, torchrun are started.
+    """
+
+    def run(*flags, file=ROOT / "ddpm.py", cwd=tmp_path, processes=1, real=False, seconds=300):
+        if real or request.config.getoption("--slow"):
+            launcher = torchrun(processes) if processes > 1 else ()
+            command = [sys.executable, *launcher, str(file), *words(*flags)]
+            return subprocess.run(
+                command, cwd=cwd, env=os.environ | ONE_THREAD, capture_output=True, text=True,
+                timeout=seconds,
+            )  # fmt: skip
+        output = tmp_path_factory.mktemp("output")
+        to = dict(file=file, cwd=cwd, out=output / "out", err=output / "err")
+        ranks = [{}]
+        if processes > 1:
+            port = free_port()
+            ranks = [like_torchrun(rank, processes, port) for rank in range(processes)]
+        started = [background(*flags, **to, **rank) for rank in ranks]
+        codes = [process.wait(seconds) for process in started]
+        text = [(output / name).read_text() for name in ("out", "err")]
+        return subprocess.CompletedProcess(flags, max(codes, key=abs), *text)
 
     return run
 

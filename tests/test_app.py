@@ -5,8 +5,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -412,12 +410,11 @@ def test_a_run_that_stopped_or_has_just_started_or_is_no_run(page, project):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_started_as_a_program_it_says_how_to_open_the_page(tmp_path, installed):
+def test_started_as_a_program_it_says_how_to_open_the_page(program, tmp_path, monkeypatch, installed):
     if not installed:
         (tmp_path / "streamlit.py").write_text("raise ImportError")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, str(ROOT / "app.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = program(file=ROOT / "app.py")
     assert done.returncode == 1 and done.stdout == ""
     assert (
         done.stderr.splitlines()[-1].endswith("streamlit run app.py")

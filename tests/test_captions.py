@@ -400,11 +400,9 @@ def test_init_from_drops_the_words_of_another_vocabulary(captioned, tmp_path, ca
 
 
 def test_two_processes_train_and_sample_as_one(captioned, program, tmp_path):
-    from conftest import TORCHRUN
-
     data, path = captioned
     flags = ("--mode train", TINY, SHORT, *places(tmp_path, data))
-    assert program(*flags, launcher=TORCHRUN).returncode == 0
+    assert program(*flags, processes=2).returncode == 0
     assert train(tmp_path / "one", data, SHORT, "--grad_accum 2") == 0
     two, one = (checkpoint(p / "model.pt")["weights"] for p in (tmp_path, tmp_path / "one"))
     assert all(torch.allclose(two[name], one[name], atol=2e-4) for name in one)

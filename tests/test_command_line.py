@@ -531,7 +531,8 @@ def test_the_included_model_is_sampled_from_until_there_is_another(
 
 def test_the_file_alone_in_an_empty_folder_trains_and_samples(program, image_folder, tmp_path):
     shutil.copy(ROOT / "ddpm.py", tmp_path)
-    result = program("--mode train", TINY, "--steps 2 --data_path", image_folder, file="ddpm.py")
+    flags = ("--mode train", TINY, "--steps 2 --data_path", image_folder)
+    result = program(*flags, file="ddpm.py", real=True)
     assert result.returncode == 0, result.stderr
     result = program("--mode sample --num_samples 3 --sampling_steps 2", file="ddpm.py")
     assert result.returncode == 0, result.stderr

@@ -3,12 +3,12 @@ batches."""
 
 import builtins
 import dataclasses
-import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -658,27 +658,35 @@ def test_the_pixels_in_a_cache_file_cannot_be_written_to_by_accident(image_folde
     assert torch.equal(load(image_folder, download_dir=str(tmp_path)).pixels, original)
 
 
-def decode_in_a_process(path, download_dir, start, results):
-    start.wait()
-    results.put(ddpm.load_images(config(path, download_dir=download_dir)).pixels.numpy().tobytes())
+DECODING = """import sys, time
+from pathlib import Path
+import ddpm
+path, folder = sys.argv[1:]
+config = ddpm.preset("animals", data_path=path, image_size=16, hflip=False, download_dir=f"{folder}/d")
+print("ready")
+while not Path(folder, "start").exists():
+    time.sleep(0.001)
+sys.stderr.write(ddpm.load_images(config).pixels.numpy().tobytes().hex())
+"""
 
 
-def test_two_starts_at_once_are_both_right(image_folder, tmp_path):
+def test_two_starts_at_once_are_both_right(background, image_folder, tmp_path):
     expected = load(image_folder, download_dir=str(tmp_path)).pixels.numpy().tobytes()
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Event(), context.Queue()
+    program = tmp_path / "decoding.py"
+    program.write_text(DECODING)
+    outputs = [tmp_path / f"{i}.out" for i in range(2)]
     processes = [
-        context.Process(
-            target=decode_in_a_process, args=(image_folder, str(tmp_path / "d"), start, results)
-        )
-        for _ in range(2)
+        background(image_folder, tmp_path, file=program, out=out, err=f"{out}.hex", PYTHONPATH=str(ROOT))
+        for out in outputs
     ]
-    for process in processes:
-        process.start()
-    start.set()
-    assert [results.get(timeout=120) for _ in processes] == [expected] * 2
-    for process in processes:
-        process.join(60)
+    while not all(out.exists() and out.read_text() for out in outputs):
+        assert [process.poll() for process in processes] == [None] * 2
+        time.sleep(0.05)
+    (tmp_path / "start").touch()
+    assert [process.wait(120) for process in processes] == [0, 0]
+    for out in outputs:
+        decoded = Path(f"{out}.hex").read_text().split("\n")[-1]
+        assert bytes.fromhex(decoded.split("\r")[-1]) == expected
     left = [p.name for p in (tmp_path / "d").rglob("*") if p.is_file()]
     assert len(left) == 2 and not any("tmp" in name for name in left), "no half-written file stays"
 

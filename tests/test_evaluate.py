@@ -710,11 +710,7 @@ def test_several_processes_measure_what_one_does(
         half_trained,
     ]
     flags += ["--num_samples 5 --features", script(Moments())]
-    done = program(
-        *flags,
-        file=ROOT / "evaluate.py",
-        launcher=("-m", "torch.distributed.run", f"--nproc_per_node={processes}"),
-    )
+    done = program(*flags, file=ROOT / "evaluate.py", processes=processes)
     assert done.returncode == 0 and done.stdout.count("Wrote:") == 1, done.stderr
     several = result(tmp_path)
     assert run(*flags, "--samples_dir one") == 0

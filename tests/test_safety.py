@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    ONE_THREAD,
     ROOT,
     TINY,
-    TORCHRUN,
     Malicious,
     before_step,
     checkpoint,
     metrics,
     places,
     slow,
+    torchrun,
     tree,
     words,
 )
@@ -74,7 +75,7 @@ def the_error(capsys):
 
 @pytest.mark.parametrize("num_runs, kills, slow_kills", [(1, 6, 120), (2, 3, 40)])
 def test_kill_nine_at_any_moment_loses_nothing(
-    request, image_folder, record_property, num_runs, kills, slow_kills
+    request, program, image_folder, record_property, num_runs, kills, slow_kills
 ):
     """After every kill all checkpoints load and none is lost; the end is that of an uninterrupted
     run. Two runs in one folder never write to each other's files."""
@@ -89,19 +90,8 @@ def test_kill_nine_at_any_moment_loses_nothing(
         image_folder,
     )
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        command = [
-            sys.executable,
-            str(HERE / "tools" / "killer.py"),
-            str(kills),
-            "0",
-            str(num_runs),
-            folder,
-            *flags,
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=3000
-        )
+        arguments = [str(kills), "0", str(num_runs), folder, *flags]
+        result = program(*arguments, file=HERE / "tools" / "killer.py", seconds=3000)
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout)
     record_property("kills", report)
@@ -286,10 +276,10 @@ def test_an_error_in_the_loop_starts_a_line_of_its_own(train, tmp_path, monkeypa
 # ---- signals
 
 
-def start(folder, *flags, launcher=()):
-    """The real program in a process group of its own, writing to folder/log."""
-    command = [sys.executable, *launcher, str(ROOT / "ddpm.py"), *words(*flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+def start(folder, *flags):
+    """torchrun with two processes in a process group of its own, writing to folder/log."""
+    command = [sys.executable, *torchrun(2), str(ROOT / "ddpm.py"), *words(*flags)]
+    environment = os.environ | ONE_THREAD | {"PYTHONUNBUFFERED": "1"}
     log = open(folder / "log", "w")
     return subprocess.Popen(
         command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -306,10 +296,10 @@ def wait_for(process, condition, seconds=200):
 
 
 @pytest.mark.parametrize("what, code", [(signal.SIGTERM, 143), slow(signal.SIGINT, 130)])
-def test_a_signal_while_sampling(trained, tmp_path, what, code):
+def test_a_signal_while_sampling(background, trained, tmp_path, what, code):
     """The shortest way out: nothing is written but whole images, and it is no traceback."""
     flags = "--num_samples 1000000 --sampling_steps 50 --sample_batch_size 8 --individual each"
-    process = start(tmp_path, "--mode sample --device cpu", flags, "--model_path", trained)
+    process = background("--mode sample --device cpu", flags, "--model_path", trained)
     wait_for(process, lambda: "step/s" in (tmp_path / "log").read_text())
     process.send_signal(what)
     assert process.wait(60) == code
@@ -340,7 +330,7 @@ def test_a_signal_while_a_preview_is_sampled(train, tmp_path, monkeypatch, what,
     assert train("--resume") == 0 and steps(tmp_path / "run")[-1] == 9
 
 
-def test_a_second_ctrl_c_quits_at_once(image_folder, tmp_path):
+def test_a_second_ctrl_c_quits_at_once(background, image_folder, tmp_path):
     """The first one comes in a step that would take for ever; what was saved before stays whole."""
     slow = tmp_path / "slow.py"
     slow.write_text(
@@ -350,17 +340,9 @@ def test_a_second_ctrl_c_quits_at_once(image_folder, tmp_path):
         "    return real(self, step, *args, **kwargs)\n"
         "ddpm.Images.batch = batch\nraise SystemExit(ddpm.main(sys.argv[1:]))\n"
     )
-    command = [
-        sys.executable,
-        str(slow),
-        *words("--mode train", TINY, "--steps 9 --save_every 1 --data_path"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    flags = ["--mode train", TINY, "--steps 9 --save_every 1 --data_path", image_folder]
+    process = background(*flags, file=slow, PYTHONPATH=str(ROOT))
     log = tmp_path / "log"
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [*command, str(image_folder)], cwd=tmp_path, stdout=file, stderr=file, env=environment
-        )
     wait_for(process, lambda: "in the step" in log.read_text())
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -388,9 +370,7 @@ def test_several_processes_stop_on_the_same_step(train, image_folder, tmp_path, 
     process. If they stopped on different steps, they would wait for each other for ever."""
     run = tmp_path / "run"
     more = "--steps 100000 --save_every 100000 --log_every 10 --device cpu"
-    process = start(
-        tmp_path, "--mode train", TINY, more, *places(run, image_folder), launcher=TORCHRUN
-    )
+    process = start(tmp_path, "--mode train", TINY, more, *places(run, image_folder))
     metrics = run / "samples" / "metrics.jsonl"
     wait_for(process, lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 2)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)

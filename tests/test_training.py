@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
+import stat
 import sys
 import time
 import types
@@ -22,7 +22,6 @@ import torch
 from conftest import (
     ROOT,
     TINY,
-    TORCHRUN,
     Malicious,
     before_step,
     checkpoint,
@@ -334,10 +333,10 @@ ONE_STEP = """--steps 1 --grad_clip 0 --batch_size 12 --dropout 0.2 --label_drop
 
 @pytest.fixture
 def two(program):
-    """two(*flags) runs ddpm.py, or another file, in two processes started by torchrun."""
+    """two(*flags) runs ddpm.py, or another file, in two processes."""
 
     def run(*flags, **more):
-        result = program(*flags, launcher=TORCHRUN, **more)
+        result = program(*flags, processes=2, **more)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -350,7 +349,7 @@ def test_two_processes_see_the_gradient_of_one_with_two_micro_batches(
     """Relative 1e-5. It starts from a trained model, since in a new one most gradients are zero."""
     assert train(ONE_STEP, "--grad_accum 2 --init_from", trained, name="one") == 0
     more = [*places(tmp_path / "two", image_folder), "--init_from", trained]
-    said = two("--mode train", TINY, ONE_STEP, *more)
+    said = two("--mode train", TINY, ONE_STEP, *more, real=True)
     alone, shared = gradient(tmp_path / "one"), gradient(tmp_path / "two")
     assert ((alone - shared).norm() / alone.norm()).item() < 1e-5 and alone.norm() > 1e-3
     rows = [metrics(tmp_path / name / "samples")[1][0] for name in ("one", "two")]
@@ -444,7 +443,7 @@ ddpm.Images.batch = batch
 raise SystemExit(ddpm.main(sys.argv[1:]))
 """)
     more = places(tmp_path / "two", image_folder)
-    result = program("--mode train", TINY, "--steps 9", *more, launcher=TORCHRUN, file=leaving)
+    result = program("--mode train", TINY, "--steps 9", *more, processes=2, file=leaving)
     assert result.returncode != 0 and "--resume" in result.stderr
     assert re.search(r"^error: The processes lost each other \(", result.stderr, re.M)
 
@@ -992,11 +991,13 @@ def test_no_step_leaves_its_graph_behind(train, monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
-def test_freed_memory_is_kept():
+def test_freed_memory_is_kept(program, tmp_path):
     """In a process of its own: most blocks as large as one freed before fault in nothing. Not all:
     a small object may have settled where the block was, and then a place is found for the next
     one."""
-    program = """
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
 import resource, statistics, torch, ddpm
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -1008,7 +1009,8 @@ print(statistics.median(block() for _ in range(9)))
 ddpm.keep_memory()
 print(statistics.median(block() for _ in range(9)))
 """
-    said = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "faults.py").write_text(code)
+    said = program(file=tmp_path / "faults.py")
     assert said.returncode == 0, said.stderr
     faults, kept_faults = map(int, said.stdout.split())
     assert kept_faults == 0 and faults >= 32  # 2 MB at a time, or 4 kB
@@ -1151,12 +1153,8 @@ def test_signal_handlers_are_put_back(train):
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_sigterm_to_the_real_program_then_resume(program, image_folder, tmp_path):
-    flags = words("--mode train", TINY, "--steps 100000 --data_path", image_folder)
-    log = open(tmp_path / "log", "w+")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "ddpm.py"), *flags], cwd=tmp_path, stdout=log, stderr=log
-    )
+def test_sigterm_to_the_real_program_then_resume(background, program, image_folder, tmp_path):
+    process = background("--mode train", TINY, "--steps 100000 --data_path", image_folder)
     rows = 0
     metrics_file = tmp_path / "samples" / "metrics.jsonl"
     start = time.monotonic()
@@ -1165,8 +1163,7 @@ def test_sigterm_to_the_real_program_then_resume(program, image_folder, tmp_path
         rows = metrics_file.read_text().count('"loss"') if metrics_file.exists() else 0
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    log.seek(0)
-    assert "Traceback" not in log.read()
+    assert "Traceback" not in (tmp_path / "log").read_text()
     step = last_step_of(tmp_path)
     assert step >= 3
     result = program("--mode train --resume --steps", step + 2)
@@ -1195,6 +1192,24 @@ def test_a_write_that_fails_leaves_the_directory_as_it_was(tmp_path):
         with pytest.raises(RuntimeError, match="half way"):
             ddpm.atomic_write(target, lambda f: torch.save([torch.zeros(1000), Unpicklable()], f))
         assert tree(tmp_path) == before
+
+
+def test_a_write_reaches_the_disk_before_and_after_it_gets_its_name(tmp_path, monkeypatch):
+    """First the file, whole and under another name; then the name, which is in the folder."""
+    replace, calls = os.replace, []
+
+    def watched_replace(partial, target):
+        calls.append("replace")
+        replace(partial, target)
+
+    def watched_fsync(descriptor):
+        status = os.fstat(descriptor)
+        calls.append("folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes")
+
+    monkeypatch.setattr(os, "replace", watched_replace)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    ddpm.atomic_write(tmp_path / "m.pt", lambda f: f.write(b"whole"))
+    assert calls == ["5 bytes", "replace", "folder"]
 
 
 def test_a_full_disk_is_an_error_that_keeps_the_last_good_files(
