@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, places, randomise, tree
+from conftest import ROOT, TINY, places, randomise, slow, tree
 from PIL import Image
 
 import ddpm
@@ -105,10 +105,14 @@ def test_every_preset_is_free_of_contradictions(name, tmp_path):
         ddpm.train(config)
 
 
-@pytest.mark.parametrize("name", ddpm.PRESETS)
-def test_every_preset_trains_a_step_and_samples_as_it_is(
-    name, main, image_folder, tmp_path
-):
+# Their networks are large, or of the kind of another preset's; what they are made of has other tests.
+LONG_PRESETS = ("cifar10", "flowers_attention")
+
+
+@pytest.mark.parametrize(
+    "name", [slow(name) if name in LONG_PRESETS else name for name in ddpm.PRESETS]
+)
+def test_every_preset_trains_a_step_and_samples_as_it_is(name, main, image_folder, tmp_path):
     """Its own network, size, schedule, prediction and sampler; few steps and images only."""
     few = "--steps 1 --batch_size 4 --num_samples 2 --sampling_steps 2"
     assert main("--mode train --preset", name, few, *places(tmp_path, image_folder)) == 0

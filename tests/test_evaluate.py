@@ -523,7 +523,7 @@ def result(folder):
     return json.loads((folder / "samples" / "evaluation.json").read_text())
 
 
-def test_one_command_prints_it_all(run, half_trained, tmp_path, capsys, script):
+def test_one_command_prints_it_all(run, half_trained, tmp_path, capsys, script, real_plots):
     assert (
         run("--model_path", half_trained, "--features", script(Moments()), "--num_samples 9") == 0
     )
@@ -560,7 +560,8 @@ def test_one_command_prints_it_all(run, half_trained, tmp_path, capsys, script):
         assert text in printed
     fraction = f"{found['copying']['fraction']:.0%} of 9 samples"
     assert fraction in printed and "12 validation images" in printed
-    assert Image.open(tmp_path / "samples" / "nearest.png").size[0] > 500
+    for name in ("nearest.png", "loss_by_timestep.png"):
+        assert Image.open(tmp_path / "samples" / name).size[0] > 500
 
 
 def test_what_is_measured_is_the_validation_set_of_training(
