@@ -88,6 +88,7 @@ def test_a_number_out_of_range_or_no_number(refused, image_folder, name, value, 
     assert refused(flags, f"--{name}", remedy)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "name, value, remedy", [row for row in bad_numbers() if row[0] in FOR_SAMPLING]
 )
