@@ -7,7 +7,7 @@ import numpy as np
 import pretend_gpu
 import pytest
 import torch
-from conftest import TINY, exit_code, places, words
+from conftest import TINY, exit_code, places, slow, words
 from PIL import Image
 
 import ddpm
@@ -63,14 +63,14 @@ def test_the_pretended_gpu_refuses_what_a_real_one_refuses_and_counts_waits():
 @pytest.mark.parametrize(
     "flags",
     (
-        "--precision fp32",
+        slow("--precision fp32"),
         "--precision fp16",
         "--optimizer adam --hflip --dropout 0.1 --min_snr 5",
         "--attention linear --predict x0 --loss huber --grad_accum 2",
         "--attention none --predict eps --loss l1 --sampler dpm++ --schedule linear",
         "--sampler ddim --eta 0.5 --holdout 0.2 --patch 2",
         "--arch simple --batch_size 8",
-        "--arch resnet18 --image_size 32",
+        slow("--arch resnet18 --image_size 32"),
         "--no_class_cond --guidance 1 --ema_decay 0",
     ),
 )
@@ -131,15 +131,22 @@ def test_a_gpu_trains_and_samples_what_the_cpu_does(tmp_path, image_folder):
             torch.testing.assert_close(weights, cpu["weights"][name], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("room", (80 * 2**30, 10_000))
-@pytest.mark.parametrize("flags", ("--precision bf16", "--precision fp32 --hflip --grad_accum 2"))
+@pytest.mark.parametrize(
+    "flags, room",
+    (
+        ("--precision bf16", 80 * 2**30),
+        slow("--precision bf16", 10_000),
+        slow("--precision fp32 --hflip --grad_accum 2", 80 * 2**30),
+        ("--precision fp32 --hflip --grad_accum 2", 10_000),
+    ),
+)
 def test_a_step_does_not_wait_for_the_gpu(
     flags, room, tmp_path, image_folder, monkeypatch
 ):
-    """Ten steps more without a line, checkpoint or image among them cost not one wait more,
+    """Four steps more without a line, checkpoint or image among them cost not one wait more,
     wherever the images live."""
     counts = []
-    for steps in (3, 13):
+    for steps in (2, 6):
         with pretend_gpu.there() as waits, monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "mem_get_info", lambda *_: (room, room))
             run(
@@ -161,11 +168,11 @@ def test_the_counter_sees_a_wait_in_a_step(tmp_path, image_folder, monkeypatch):
         real(ema, weights, *args)
 
     monkeypatch.setattr(ddpm, "update_ema", update_ema)
-    for steps in (3, 13):
+    for steps in (2, 6):
         with pretend_gpu.there() as waits:
             run("cuda", tmp_path / str(steps), image_folder, f"--steps {steps} --log_every 100")
         counts.append(sum(waits.values()))
-    assert counts[1] - counts[0] == 10
+    assert counts[1] - counts[0] == 4
 
 
 @pytest.mark.parametrize("sampler", ("ddpm", "ddim", "dpm++"))
@@ -176,7 +183,7 @@ def test_sampling_does_not_wait_for_the_gpu_between_steps(
     with pretend_gpu.there() as waits:
         run("cuda", tmp_path, image_folder, "--steps 2")
         counts, to = [], places(tmp_path, image_folder)[2:6]
-        for steps in (9, 19):  # of which nine are shown
+        for steps in (9, 13):  # of which nine are shown
             waits.clear()
             flags = (
                 f"--mode sample --sampler {sampler} --eta 0.5 --guidance 2 --sampling_steps {steps}"
