@@ -334,6 +334,16 @@ def test_sampling_writes_the_grid_the_trajectory_and_their_settings(
     assert each.size == (16, 16) and each.mode == "RGB"
 
 
+@pytest.mark.quick
+def test_a_grid_shows_every_pixel_where_it_is(tmp_path):
+    """Images of 64 pixels and more are not magnified; 2 pixels of white are around each."""
+    pixels = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    grid = grid_of(ddpm.save_grid(pixels, tmp_path / "grid.png", 2))
+    assert grid.shape == (2 + 64 + 2, 2 + 96 + 2 + 96 + 2, 3)
+    for image, left in zip(pixels, (2, 2 + 96 + 2)):
+        assert np.array_equal(grid[2:66, left : left + 96], image.permute(1, 2, 0))
+
+
 def test_the_command_line_and_not_the_checkpoint_says_where_images_go(main, trained, tmp_path):
     before = set(trained.parent.rglob("*"))
     assert main("--mode sample --num_samples 1 --sampling_steps 1 --model_path", trained) == 0

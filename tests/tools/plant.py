@@ -43,7 +43,7 @@ FAULTS = {  # chapter: a piece of it, what is written instead, and the tests tha
         "training",
     ),
     "sampling": ("(fraction * angle).sin() * b", "(fraction * angle).sin() * a", "editing"),
-    "grids and plots": ("a.transpose(1, 2, 0)", "a.transpose(2, 1, 0)", "editing"),
+    "grids and plots": ("a.transpose(1, 2, 0)", "a.transpose(2, 1, 0)", "command_line"),
     "command line": ('name[2:].replace("-", "_")', "name[2:]", "command_line"),
 }
 
