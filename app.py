@@ -64,7 +64,7 @@ def describe(path, changed):
     data = Path(config.data_path).name
     size = ddpm.size_text(config.image_size)
     learned = f", {len(checkpoint['classes'])} classes" if checkpoint["classes"] else ""
-    if "vocabulary" in checkpoint:
+    if checkpoint["vocabulary"]:
         learned = f", prompts of {len(checkpoint['vocabulary'])} words"
     return f"{path.name}: {data}, {size}{learned}"
 

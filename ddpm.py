@@ -1619,9 +1619,10 @@ def atomic_write(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except RuntimeError as e:  # torch.save's, which hides the OSError of a full disk
-        cause = e.__context__
-        raise (cause if isinstance(cause, OSError) else e) from None
+    except RuntimeError as e:
+        if isinstance(e.__context__, OSError):  # as of a full disk, which torch.save hides
+            raise e.__context__ from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # make the new name durable too
@@ -1629,6 +1630,12 @@ def atomic_write(path, write):
         os.fsync(folder)
         os.close(folder)
     return str(path)
+
+def remove_partial_files(folder, name):
+    """Remove what a crash left of `atomic_write`, for files whose names match a pattern."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(rf"\.{name}\.\d+\.tmp", path.name):
+            path.unlink()
 
 def read_checkpoint(path):
     """The dictionary in a checkpoint, tensors on the CPU. UserError if it cannot be trusted."""
@@ -1642,29 +1649,31 @@ def read_checkpoint(path):
     except Exception as e:  # bad bytes can raise anything
         raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors "
                         f"and plain values ({type(e).__name__}). Use another checkpoint.") from None
-    check_checkpoint(checkpoint, path)
-    if isinstance(checkpoint.get("data"), str):  # older files word the fingerprint differently
-        data = checkpoint["data"].replace(" pictures,", " images,")
-        checkpoint["data"] = data.replace(" bad,", " unreadable,")
-    checkpoint.setdefault("white", 65535)  # in all images of more than 8 bits, in older files
-    return checkpoint
-
-def check_checkpoint(checkpoint, path):
-    """UserError unless the contents of a file are what `TrainState.save` writes."""
     types = dict(format=int, config=dict, weights=dict, classes=list, channels=int)
     require(isinstance(checkpoint, dict) and has_types(checkpoint, types),
             f"{path} is not a checkpoint of ddpm.py: format number, configuration or weights are "
             "missing. Give one that --mode train wrote.")
     require(checkpoint["format"] == FORMAT, f"{path} has format {checkpoint['format']}, and this "
             f"ddpm.py reads format {FORMAT}: use the version that wrote it.")
+    # Older files lack these; 65535 was white in all images of more than 8 bits.
+    checkpoint = dict(vocabulary=[], examples=[], white=65535) | checkpoint
+    check_contents(checkpoint, path)
+    if isinstance(checkpoint.get("data"), str):  # and they word the fingerprint differently
+        data = checkpoint["data"].replace(" pictures,", " images,")
+        checkpoint["data"] = data.replace(" bad,", " unreadable,")
+    return checkpoint
+
+def check_contents(checkpoint, path):
+    """UserError if there are other things in a checkpoint than `TrainState.save` writes."""
+    other_things = f"{path} holds other things than ddpm.py writes: use another."
     weights = checkpoint["weights"]
     ema = checkpoint.get("ema", {})
-    valid = checkpoint["channels"] in (1, 3) and isinstance(ema, dict)
-    valid = valid and all(type(v) is torch.Tensor for v in [*weights.values(), *ema.values()])
-    valid = valid and all(type(name) is str for name in [
-        *weights, *ema, *checkpoint["config"], *checkpoint["classes"],
-        *checkpoint.get("vocabulary", ()), *checkpoint.get("examples", ())])
-    require(valid, f"{path} holds other things than ddpm.py writes: use another.")
+    require(isinstance(ema, dict) and checkpoint["channels"] in (1, 3), other_things)
+    tensors = [*weights.values(), *ema.values()]
+    texts = [*weights, *ema, *checkpoint["config"], *checkpoint["classes"],
+             *checkpoint["vocabulary"], *checkpoint["examples"]]
+    require(all(type(tensor) is torch.Tensor for tensor in tensors), other_things)
+    require(all(type(text) is str for text in texts), other_things)
     require(all_finite(weights, ema), f"{path} has weights that are not finite: use another.")
 
 def has_types(values, types):
@@ -1694,11 +1703,12 @@ def merged_config(checkpoint, path, given, changes):
     """A checkpoint's Config with the settings `given`. UserError for a change not in `changes`."""
     config = stored_config(checkpoint, path)
     for name, value in given.items():
-        stored = getattr(config, name)
-        require(name in changes or "once" not in FIELDS[name].metadata["change_on"],
-                f"--{name} is for --mode train: leave it out.")
-        require(name in changes or value == stored, f"--{name} {value} contradicts {path}, where "
-                f"it is {stored}: leave it out or train anew.")
+        if name not in changes:
+            stored = getattr(config, name)
+            require("once" not in FIELDS[name].metadata["change_on"],
+                    f"--{name} is for --mode train: leave it out.")
+            require(value == stored, f"--{name} {value} contradicts {path}, where it is {stored}: "
+                    "leave it out or train anew.")
     return override(config, **given)
 
 def sampling_config(checkpoint, path, given, changes=None):
@@ -1723,7 +1733,7 @@ def model_from_checkpoint(checkpoint, path, ema=True):
     """The network in a checkpoint, in eval mode on the CPU; with the EMA weights if ema and any."""
     config = override(stored_config(checkpoint, path), pretrained=False)
     model = build_model(config, checkpoint["channels"], checkpoint["classes"],
-                        checkpoint.get("vocabulary", ()), checkpoint.get("examples", ()))
+                        checkpoint["vocabulary"], checkpoint["examples"])
     weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint["weights"]
     load_weights(model, weights, path)
     model.white = checkpoint["white"]
@@ -1756,35 +1766,33 @@ def step_folder(model_path):
             f"--model_path {model_path} is a folder: give a file in it, as in {path / 'model.pt'}.")
     return path.with_name(path.name + "_steps")
 
-def rename_old_step_folder(model_path):
-    """Give the step folder of an earlier version, as in model_steps for model.pt, its present name.
-    Models lr0.1 and lr0.2 shared one: the latest checkpoint that can be read tells whose it is."""
-    new = step_folder(model_path)
-    old = new.with_name(Path(model_path).stem + "_steps")
-    if new.exists():
-        return
-    for file in sorted(old.glob("step_*.pt"), reverse=True):
-        with contextlib.suppress(UserError, OSError):  # another process may have renamed it
-            owner = read_checkpoint(file)["config"]["model_path"]
-            if Path(owner).name == Path(model_path).name:
-                old.rename(new)
-                print(f"renamed   {old.name} to {new.name}")
-            return
+def step_files(folder):
+    """The step checkpoints in a folder, oldest first: names of eight digits sort by step."""
+    return sorted(folder.glob("step_*.pt"))
 
-def step_files(model_path):
-    """A model's step checkpoints, oldest first: names of eight digits sort by step."""
-    return sorted(step_folder(model_path).glob("step_*.pt"))
+def resumable_folder(model_path):
+    """The folder of the step checkpoints that a model's run has: `step_folder`, or as it was called
+    in the first version, in which models lr0.1 and lr0.2 shared lr0_steps."""
+    folder = step_folder(model_path)
+    if step_files(folder):
+        return folder
+    return folder.with_name(Path(model_path).stem + "_steps")
 
 def find_resume(config):
     """What --resume means, (path, checkpoint): the one named, or the latest that can be read."""
     if config.resume != "latest":
         return config.resume, read_checkpoint(config.resume)
-    rename_old_step_folder(config.model_path)
-    for path in reversed(step_files(config.model_path)):
+    folder = resumable_folder(config.model_path)
+    for path in reversed(step_files(folder)):
         try:
-            return str(path), read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
         except UserError as e:
             print(printable(f"warning: {e} Trying the one before."), file=sys.stderr)
+            continue
+        is_own = folder == step_folder(config.model_path)
+        model_path = Path(checkpoint["config"]["model_path"])
+        if is_own or model_path.name == Path(config.model_path).name:
+            return str(path), checkpoint
     raise UserError(f"Nothing to resume in {step_folder(config.model_path)}: leave out --resume to "
                     "start a run.")
 
@@ -1797,7 +1805,6 @@ def set_aside(path):
 
 def set_aside_model(model_path):
     """Set aside a model and its step checkpoints."""
-    rename_old_step_folder(model_path)
     set_aside(Path(model_path))
     set_aside(step_folder(model_path))
 
@@ -1833,7 +1840,7 @@ def load_matching_weights(model, checkpoint, config):
     fitting = {k: v for k, v in given.items() if k in own and own[k].shape == v.shape}
     if checkpoint["classes"] != model.class_names:  # rows of the label table mean other classes
         fitting.pop("embed.labels.weight", None)
-    if checkpoint.get("vocabulary") != model.vocabulary:  # and those of the word table other words
+    if checkpoint["vocabulary"] != model.vocabulary:  # and those of the word table other words
         fitting.pop("text.words.weight", None)
     remedy = ", ".join(differences(stored, config, NETWORK)) or "another checkpoint"
     num_fitting = sum(weight.numel() for weight in fitting.values())
@@ -2005,10 +2012,6 @@ def lock(path, flag, place):
         host, _, process = f.read().partition(" ")
         require(not is_held(f, host), f"{flag} {place} is in use by another run, process {process} "
                 f"on {host}: wait for its end, stop it, or give another {flag}.")
-        if os.fstat(f.fileno()).st_nlink == 0:  # that run has just ended, and removed the file
-            with lock(path, flag, place):
-                yield
-            return
         f.truncate(0)
         f.write(f"{platform.node()} {os.getpid()}")
         f.flush()
@@ -2023,20 +2026,23 @@ def lock(path, flag, place):
                 path.unlink()
 
 def is_held(file, host):
-    """Try to lock a file that this process has opened; whether a living run on `host` has it
-    instead. A dead run's lock is gone on its own machine; seen from another, its file gets old."""
+    """Whether a living run on `host` has an open lock file. If not, this process locks it. A lock
+    of this machine is gone with its process; of another machine only the file's age tells."""
+    lock_tells = host == platform.node()
     try:
         import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if host in ("", platform.node()):
-            return False
     except BlockingIOError:
         return True
-    except (ImportError, OSError):  # nor on some network file systems
-        pass
+    except (ImportError, OSError):  # nor can all network drives lock
+        lock_tells = False
+    if os.fstat(file.fileno()).st_nlink == 0:  # that run has just ended, and removed the file:
+        return True                            # a third could lock one of the same name
+    if lock_tells or host == "":
+        return False
     with tempfile.TemporaryFile(dir=Path(file.name).parent) as new:  # tells the disk's clock
         age = os.fstat(new.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
-    return host != "" and age < 4 * HEARTBEAT
+    return age < 4 * HEARTBEAT
 
 def renew(path, stop):
     """Give a file the present time again and again, until the event `stop`."""
@@ -2119,7 +2125,7 @@ class TrainState:
         written = [atomic_write(step_path, lambda f: torch.save(full_state, f)),
                    atomic_write(model_path, lambda f: torch.save(model_state, f))]
         resumed_from = Path(self.config.resume).resolve() if self.config.resume else None
-        for old in step_files(model_path)[: -self.config.keep_last]:  # the new one is on disk
+        for old in step_files(step_path.parent)[: -self.config.keep_last]:  # the new one is on disk
             if old.resolve() != resumed_from:
                 old.unlink(missing_ok=True)
         return written
@@ -2150,7 +2156,7 @@ class TrainState:
         if self.precision != "fp32":
             remedy = f"--precision fp32 or {remedy}"
         advice = f"No checkpoint yet: start again with {remedy}."
-        for last in step_files(self.config.model_path)[-1:]:
+        for last in step_files(step_folder(self.config.model_path))[-1:]:
             advice = f"Resume the last good checkpoint with --resume {last} and {remedy}."
         message = f"Non-finite {what} at step {step} (lr {self.lr:.2g}, {self.precision}). {advice}"
         raise UserError(message)
@@ -2455,21 +2461,18 @@ def progress_bar(state, runtime):
 def open_run(config, state):
     """Prepare the folders of a run and write the plots of its start. Returns its MetricsLogger."""
     tracker = make_tracker(config)  # fails now, before anything is renamed
-    folder = step_folder(config.model_path)
-    partial_model = re.compile(rf"\.{re.escape(Path(config.model_path).name)}\.\d+\.tmp")
-    for path in [*folder.glob(".step_*.tmp"), *folder.parent.glob(".*.tmp")]:
-        if path.parent == folder or partial_model.fullmatch(path.name):
-            path.unlink()  # a crash left it
-    rename_old_step_folder(config.model_path)
-    resumed_from = Path(config.resume or "").resolve()
-    was_renamed = not resumed_from.exists()  # just now, with its folder
-    continues = state.step > 0 and (was_renamed or resumed_from.parent == folder.resolve())
+    model_path = Path(config.model_path)
+    folder = step_folder(model_path)
+    remove_partial_files(folder, r"step_\d+\.pt")
+    remove_partial_files(folder.parent, re.escape(model_path.name))
+    own_folder = resumable_folder(model_path).resolve()
+    continues = config.resume and Path(config.resume).resolve().parent == own_folder
     if continues:
-        for file in step_files(config.model_path):
+        for file in step_files(folder):
             if file.stem > f"step_{state.step:08d}":  # unreadable, or of another branch of the run
                 set_aside(file)
     else:  # what is there is of another run
-        set_aside_model(config.model_path)
+        set_aside_model(model_path)
     os.remove(atomic_write(folder / "probe", lambda f: None))  # fails now if it cannot be written
     logger = MetricsLogger(config, tracker)
     logger.start(state.images.fingerprint, state.step if continues else 0)
@@ -2811,7 +2814,7 @@ def sample(config):
     path = find_model(config.model_path)
     checkpoint = read_checkpoint(path)
     given = {name: getattr(config, name) for name in changeable("sample")} | dict(model_path=path)
-    conditional = checkpoint["classes"] or checkpoint.get("vocabulary")
+    conditional = checkpoint["classes"] or checkpoint["vocabulary"]
     if config.guidance == Config.guidance and not conditional:  # default, not asked for
         given["guidance"] = 1.0
     return sample_run(sampling_config(checkpoint, path, given), checkpoint)

@@ -121,7 +121,7 @@ def test_a_gpu_trains_and_samples_what_the_cpu_does(tmp_path, image_folder):
     assert all(abs(grid - grids[0]).max() <= 2 for grid in grids)
 
     for folder, on in (("a", "cuda"), ("b", "cpu")):  # either is resumed on the other
-        path = ddpm.step_files(tmp_path / folder / "model.pt")[0]
+        path = ddpm.step_files(tmp_path / folder / "model.pt_steps")[0]
         to = places(tmp_path / folder, image_folder)[2:6]
         with pretend_gpu.there():
             assert exit_code(ddpm.main, f"--mode train --device {on} --resume", path, *to) == 0

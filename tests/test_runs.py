@@ -70,18 +70,23 @@ def test_a_folder_of_step_checkpoints_of_an_earlier_version_is_found(train, caps
     assert train() == 0
     Path("run/model.pt_steps").rename("run/model_steps")
     Path("run/model_steps/step_00000009.pt").write_bytes(b"torn")
+    before = tree("run/model_steps")
     assert train("--resume --steps 3 --model_path run/model.pt") == 0
-    assert "renamed   model_steps to model.pt_steps" in capsys.readouterr().out
-    assert set_steps("run/model.pt_steps") == [2, 3]
-    assert Path("run/model.pt_steps/step_00000009.pt.previous").exists()
+    assert "step_00000009.pt cannot be read" in capsys.readouterr().err
+    assert checkpoint("run/model.pt")["step"] == 3
+    assert set_steps("run/model.pt_steps") == [3] and tree("run/model_steps") == before
+    assert train("--resume --steps 4 --model_path run/model.pt") == 0
+    assert "step_00000003.pt at step 3" in capsys.readouterr().out, "no longer the old one"
 
 
 def test_a_named_checkpoint_of_an_earlier_version_goes_on_with_its_run(train):
     assert train() == 0
     Path("run/model.pt_steps").rename("run/model_steps")
     assert train("--resume run/model_steps/step_00000002.pt --steps 3") == 0
-    assert set_steps("run/model.pt_steps") == [2, 3]
+    assert set_steps("run/model.pt_steps") == [3]
     assert not list(Path("run").rglob("*previous*")), "nothing was another run's"
+    assert train("--resume run/model_steps/step_00000002.pt --steps 4 --save_every 9") == 0
+    assert set_steps("run/model.pt_steps.previous") == [3], "of another branch of the run"
 
 
 def test_only_the_partial_files_of_this_model_are_removed(train):
@@ -173,8 +178,9 @@ def test_a_run_renews_its_lock_and_removes_it(tmp_path, monkeypatch):
     assert not path.exists()
 
 
-def test_a_start_while_another_run_ends_locks_out_a_third(tmp_path, monkeypatch):
-    """The second opens the lock file of the first, which ends before the second has locked it."""
+def test_a_start_while_another_run_ends_is_refused(tmp_path, monkeypatch):
+    """The second opens the lock file of the first, which ends, and removes the file, before the
+    second has locked it: a third could then lock another file of the same name."""
     path = tmp_path / ".m.lock"
     is_held = ddpm.is_held
     first = contextlib.ExitStack()
@@ -185,9 +191,11 @@ def test_a_start_while_another_run_ends_locks_out_a_third(tmp_path, monkeypatch)
         return is_held(*args)
 
     monkeypatch.setattr(ddpm, "is_held", is_held_after_the_end_of_the_first)
+    with pytest.raises(ddpm.UserError, match="in use"), ddpm.lock(path, "--model_path", "m"):
+        pass
+    monkeypatch.undo()
     with ddpm.lock(path, "--model_path", "m"):
-        with pytest.raises(ddpm.UserError, match="in use"), ddpm.lock(path, "--model_path", "m"):
-            pass
+        assert path.exists()
 
 
 def test_where_files_cannot_be_locked_the_time_of_the_file_decides(tmp_path, monkeypatch):
