@@ -363,7 +363,7 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
             "express as a UNet2DModel: train one with --no_captions.")
     require("," not in (classes or ""),
             f"--classes {classes}: give one, since a folder samples one class.")
-    label = ddpm.sample_labels(classes, model.class_names, 1)[0] if classes else -1
+    label = ddpm.class_labels(classes, model.class_names)[0] if classes else -1
     index = dict(
         _class_name="DDPMPipeline",
         unet=["diffusers", "UNet2DModel"],

@@ -2676,27 +2676,30 @@ def make_tracker(config):
 def sample_conditions(config, model):
     """The labels of --num_samples images, as `generate` takes them, and the class or caption that
     each stands for, "" for none. model: or the Images that it is trained on."""
-    n = config.num_samples
+    if model.vocabulary:
+        require(not config.classes, f"--classes {config.classes}: the model was trained on "
+                "captions, not on classes; give --prompt.")
+        names = read_prompts(config, model.vocabulary) or model.examples
+        labels = encode(names, model.vocabulary)
+    else:
+        require(not config.prompt and not config.prompts,
+                "--prompt: the model was trained without captions; leave it out.")
+        labels = class_labels(config.classes, model.class_names)
+        names = [model.class_names[label] for label in labels] if model.class_names else [""]
+    if config.interpolate is not None:  # all of them are of one kind
+        labels = labels[:1]
+    numbers = [i % len(labels) for i in range(config.num_samples)]  # in turn
+    return [labels[i] for i in numbers], [names[i] for i in numbers]
+
+def read_prompts(config, vocabulary):
+    """The captions of --prompt or --prompts, each once; UserError for unknown words."""
     prompts = config.prompt
     if config.prompts:
         lines = map(one_line, read_utf8(config.prompts).splitlines())
         prompts = [line for line in lines if line]
         require(prompts, f"--prompts {config.prompts} is empty: write a caption a line.")
-    if model.vocabulary:
-        require(not config.classes, f"--classes {config.classes}: the model was trained on "
-                "captions, not on classes; give --prompt.")
-        check_words(prompts, model.vocabulary)
-        prompts = list(dict.fromkeys(prompts)) or model.examples
-        rows = encode(prompts, model.vocabulary)
-        labels = [rows[i % len(rows)] for i in range(n)]
-        names = [prompts[i % len(rows)] for i in range(n)]
-    else:
-        require(not prompts, "--prompt: the model was trained without captions; leave it out.")
-        labels = sample_labels(config.classes, model.class_names, n)
-        names = [model.class_names[label] if label >= 0 else "" for label in labels]
-    if config.interpolate is not None:
-        return labels[:1] * n, names[:1] * n
-    return labels, names
+    check_words(prompts, vocabulary)
+    return list(dict.fromkeys(prompts))
 
 def check_words(prompts, vocabulary):
     """UserError for a word that is not in the vocabulary, with those that are most like it."""
@@ -2707,23 +2710,29 @@ def check_words(prompts, vocabulary):
             raise UserError(f"--prompt: the model has never read {word!r}. Give other words, such "
                             f"as {', '.join(nearest)}, of the {len(vocabulary)} that it knows.")
 
-def sample_labels(classes, class_names, n):
-    """The labels of n images: in turn the classes named, as in "lion,tiger", or all; -1: none."""
+def class_labels(classes, class_names):
+    """The numbers of the classes named, as in "lion,tiger", or of all; [-1] if there are none."""
     names = split_classes(classes, class_names) if classes else class_names
     known = ", ".join(class_names)
     known = f"its classes are {known}" if known else "it was trained without classes"
     for name in names:
         require(name in class_names,
                 f"--classes {classes}: the model has no class {name!r}; {known}.")
-    if not names:
-        return [-1] * n
-    return [class_names.index(names[i % len(names)]) for i in range(n)]
+    return [class_names.index(name) for name in names] or [-1]
 
 def split_classes(text, class_names):
     """The names in a list of classes like "lion,tiger". Names of classes may have commas."""
-    longest_first = sorted(class_names, key=len, reverse=True)
-    known = "|".join(map(re.escape, longest_first))
-    return re.findall(rf"\s*?({known}|(?!\s)[^,]*?)\s*,", text + ",")  # or all up to a comma
+    known = {name.strip(): name for name in class_names}
+    names = []
+    parts = text.split(",")
+    while parts:
+        for n in range(len(parts), 0, -1):  # the most parts that are one name; or the first
+            name = ",".join(parts[:n]).strip()
+            if name in known:
+                break
+        names.append(known.get(name, name))
+        parts = parts[n:]
+    return names
 
 def reverse_timesteps(config):
     """The timesteps to sample at: from pure noise, or from the noise level of --strength."""
@@ -2842,26 +2851,23 @@ def sample_run(config, checkpoint, max_kept=math.inf):
           f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
           f"{runtime.precision}")
     text = png_text(config, num_steps, digest)
-
-    def text_of(i):
-        return text | dict(prompt=names[i]) if model.vocabulary else text
-
-    kept, todo = images_to_sample(config, text_of, max_kept)
-    frames = Frames(config, ts)
+    texts = [text | dict(prompt=name) if model.vocabulary else text for name in names]
+    mine = process_share(config.num_samples)
+    todo = images_to_sample(config, mine, texts)
+    kept = {}  # {number of an image: its pixels}
     num_batches = math.ceil(len(todo) / config.sample_batch_size)
     with tqdm(total=num_batches * num_steps, unit="step", dynamic_ncols=True,
               disable=not runtime.is_main) as bar:
-        def on_step(start, t, x):
-            bar.update()
-            frames.add(start, t, x)
-
-        for indices, pixels in sample_batches(
-                model, diffusion, config, labels, runtime.precision, todo, on_step, image, mask):
-            for i, single in zip(indices, pixels):
-                if config.individual:
-                    save_png(to_images(single[None])[0], image_path(config, i), text_of(i))
-                if i < max_kept:
-                    kept[i] = single
+        frames = Frames(config, ts, bar)
+        for indices, pixels in sample_batches(model, diffusion, config, labels, runtime.precision,
+                                              todo, frames.on_step, image, mask):
+            kept |= {i: single for i, single in zip(indices, pixels) if i < max_kept}
+            if config.individual:
+                for i, single in zip(indices, to_images(pixels)):
+                    save_png(single, image_path(config, i), texts[i])
+    for i in mine:
+        if i < max_kept and i not in kept:  # sampled before a stop
+            kept[i] = read_png(image_path(config, i))
     pixels = gather_images([kept[i][None] for i in sorted(kept)], config, model)
     leave_processes()
     if runtime.is_main:
@@ -2870,16 +2876,19 @@ def sample_run(config, checkpoint, max_kept=math.inf):
     return pixels
 
 class Frames:
-    """What a sampling shows of its steps: of the first eight images, at up to 9 timesteps, and 60
-    for an animation. shown: (level, uint8 (n, C, H, W)), on the device, or each step would wait."""
-    def __init__(self, config, ts):
+    """What a sampling shows of its steps: a progress bar and, of the first eight images, frames at
+    up to 9 timesteps, and 60 for an animation. shown: (level, uint8 (n, C, H, W)), on the device,
+    or each step would wait."""
+    def __init__(self, config, ts, bar):
+        self.bar = bar
         self.size = config.image_size
         chosen = evenly_spaced(np.array([*pairwise(ts)]), 60 if config.gif else 9)
         self.next_level = dict(chosen.tolist())  # {t: the level that the step from t reaches}
         self.shown = []
 
-    def add(self, start, t, x):
+    def on_step(self, start, t, x):
         """Keep x if it is of the first batch, which starts with image 0, and t was chosen."""
+        self.bar.update()
         if start == 0 and t in self.next_level:
             self.shown.append((self.next_level[t], crop(to_pixels(x[:8]), self.size)))
 
@@ -2887,26 +2896,22 @@ def image_path(config, i):
     """The file of --individual for image number i."""
     return Path(config.individual, f"{i:05d}.png")
 
-def images_to_sample(config, text_of, max_kept):
-    """What --individual has of this sampling, if it was stopped, and what is left to this process:
-    ({number: image}, up to max_kept; the other numbers). The first batch is always sampled, to show
-    its steps. text_of(i): what the file of image i would tell about itself."""
-    mine = process_share(config.num_samples)
-    known_by_text = config.interpolate is None and config.init_image is None
-    if not config.individual or not known_by_text:
-        return {}, mine
-    kept = {}
-    todo = []
-    for i in mine:
-        path = image_path(config, i)
-        if i < config.sample_batch_size or not is_from(path, text_of(i)):
-            todo.append(i)
-        elif i < max_kept:
-            with Image.open(path) as image:
-                kept[i] = torchvision.transforms.functional.pil_to_tensor(image)
+def read_png(path):
+    """A sample's pixels (C, H, W) uint8."""
+    with Image.open(path) as image:
+        return torchvision.transforms.functional.pil_to_tensor(image)
+
+def images_to_sample(config, mine, texts):
+    """The numbers in `mine` but those of images that --individual has of this sampling, if it was
+    stopped. The first batch is always sampled, to show its steps. texts: of each image's file."""
+    is_known_by_text = config.interpolate is None and config.init_image is None
+    if not config.individual or not is_known_by_text:
+        return mine
+    todo = [i for i in mine if i < config.sample_batch_size
+            or not is_from(image_path(config, i), texts[i])]
     if len(todo) < len(mine):
         print(f"going on: {len(mine) - len(todo)} images are in {config.individual} already")
-    return kept, todo
+    return todo
 
 def is_from(path, text):
     """Whether a PNG has these text entries, and no other of ours."""

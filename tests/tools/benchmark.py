@@ -1004,7 +1004,7 @@ def start_sampling(name, args):
         ddpm.keep_memory()
     if who == "ddpm.py":
         model, diffusion, config = ddpm.load_model(ddpm.HERE / "saved_models" / "animals.pt")
-        labels = ddpm.sample_labels(config.classes, model.class_names, number)
+        labels, _ = ddpm.sample_conditions(ddpm.override(config, num_samples=number), model)
         precision = ddpm.choose_precision("auto", torch.device("cpu"))
         info = f"{config.sampler}, {config.sampling_steps} steps, guidance {config.guidance:g}"
         return info, lambda: ddpm.sample_images(model, diffusion, config, labels, precision)
