@@ -382,8 +382,7 @@ def warn_of_unused(config, given):
 def check_network(config):
     require(config.channel_mults, "--channel_mults is empty: give a number per stage, as in 1 2 2.")
     stride = total_stride(config)
-    nearest = nearest_sizes(config, *image_sides(config.image_size))
-    remedy = " or ".join(map(str, nearest)) or "fewer --channel_mults"
+    remedy = " or ".join(map(str, nearest_sizes(config))) or "fewer --channel_mults"
     require(all(side % stride == 0 for side in padded_sides(config.image_size)),
             f"--image_size {config.image_size} must be divisible by {stride}: use {remedy}.")
     require(config.channels % 2 == 0 or config.arch == "resnet18",
@@ -405,16 +404,17 @@ def padded_sides(image_size):
     """(height, width) of the images in the network."""
     return tuple(map(padded, image_sides(image_size)))
 
-def nearest_sizes(config, height, width):
-    """The --image_size next below and above a height and a width that the network can take."""
+def nearest_sizes(config):
+    """The --image_size next below and above that of a Config that the network can take."""
     stride = total_stride(config)
     limits = FIELDS["image_size"].metadata
     sides = range(limits["low"], limits["high"] + 1)
-    fitting = [n for n in sides if n % stride == padded(n) % stride == 0]
+    fitting = [n for n in sides if n % stride == 0 and padded(n) % stride == 0]
 
     def nearest(side):
         return [n for n in fitting if n <= side][-1:] + [n for n in fitting if n >= side][:1]
 
+    height, width = image_sides(config.image_size)
     sizes = [simplest_size(f"{w}x{h}") for h, w in zip(nearest(height), nearest(width))]
     return list(dict.fromkeys(sizes))
 
@@ -1000,19 +1000,16 @@ ADVICE = {  # about files that are no images
     "convert arrays to images": ".npy .npz .mat .h5 .hdf5 .pkl .parquet .tfrecord .csv",
     "for .heic: pip install pillow-heif": ".heic .heif"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-DECODER_VERSION = 4  # raised when `decode` gives other pixels, so that old caches are not used
+DECODER_VERSION = 5  # raised when `decode` gives other pixels, so that old caches are not used
 
 # Images before decoding. labels: (N,) ints, -1 for none; key: changes whenever the images do;
 # open(i): the PIL image; notes: sentences about what else there is; captions: N strings, "" for
-# none, or [] if no image has one.
-ImageSource = namedtuple(
-    "ImageSource", "names labels class_names key open notes captions", defaults=[[]])
+# none.
+ImageSource = namedtuple("ImageSource", "names labels class_names key open notes captions")
 
 # What `decode_all` wrote. pixels: (N, C, H, W) uint8; unreadable: {row: error}; white: the value
-# that became white in images of more than 8 bits, None without any; coloured: rows of images in
-# colour, [] if they are not rare; blank: rows of those in which there is nothing to see; shape: the
-# median of width / height, and how many images have it, to 5 %.
-Decoded = namedtuple("Decoded", "pixels unreadable white coloured blank shape")
+# that became white in images of more than 8 bits, None without any; notes: sentences about them.
+Decoded = namedtuple("Decoded", "pixels unreadable white notes")
 
 def to_network(pixels):
     """uint8 pixels 0..255 -> float32 in [-1, 1], the range that the network sees. Any shape."""
@@ -1042,12 +1039,12 @@ def largest_value(image):
     values = np.asarray(image, dtype=np.float64)
     return values[np.isfinite(values)].max(initial=0)
 
+# What can be white: 1, 2, 4 to 128 for floats, and the largest integers of 8, 9 and more bits.
+WHITE_LEVELS = [*(2**k for k in range(8)), *(2**bits - 1 for bits in range(8, 129))]
+
 def white_level(largest):
-    """What is white where values go up to the largest: the most that its number of bits can hold,
-    such as 4095 of 12 bits; up to 128 the next power of two, such as 1 for floats up to 1."""
-    if largest > 128:
-        return 2 ** int(largest).bit_length() - 1
-    return 2 ** math.ceil(math.log2(max(largest, 1)))
+    """What is white where values go up to the largest: the first level that holds it."""
+    return next(level for level in WHITE_LEVELS if level >= largest)
 
 def to_8_bits(image, white):
     """A PIL image of more than 8 bits as one of 8, where white becomes 255."""
@@ -1074,7 +1071,8 @@ def decode(image, image_size, channels, white=None, resize="crop"):
     else:
         image = image.resize((width, height), Image.BICUBIC)
     pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-    y, x = ((padded(side) - side) // 2 for side in (height, width))
+    y = (padded(height) - height) // 2
+    x = (padded(width) - width) // 2
     return np.pad(pixels, ((0, 0), (y, y), (x, x)), mode="edge")
 
 def edge_colour(image):
@@ -1135,6 +1133,12 @@ def advice_on(suffixes):
     advice = [what for what, of in ADVICE.items() if suffixes & set(of.split())]
     return f" ({'; '.join(advice)})" if advice else ""
 
+def list_suffixes(paths):
+    """How many files there are of each suffix, and advice: a part of a sentence."""
+    suffixes = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    listed = ", ".join(f"{suffix} {n}" for suffix, n in suffixes.most_common(8))
+    return listed + advice_on(suffixes.keys())
+
 def check_folder(root):
     """UserError unless --data_path is a folder."""
     suffix = root.suffix.lower()
@@ -1153,35 +1157,41 @@ def read_captions(files, others):
     or else in a .txt beside the image."""
     captions = {}
     notes = []
-    metadata = [path for path in others if path.name in ("metadata.csv", "metadata.jsonl")]
-    for path in metadata:  # deeper ones come later and count more
-        captions |= read_metadata(path, notes)
+    used = set()
+    for path in others:  # deeper ones come later and count more
+        if path.name in ("metadata.csv", "metadata.jsonl"):
+            captions |= read_metadata(path, notes)
+            used.add(path)
     missing = sorted(captions.keys() - set(files))
     if missing:
         notes.append(f"warning: captions name {len(missing)} images that are not there, such as "
                      f"{missing[0]}")
     existing = set(others)
-    texts = {file: file.with_suffix(".txt") for file in files if file not in captions}
-    texts = {file: path for file, path in texts.items() if path in existing}
-    captions |= {file: one_line(read_utf8(path)) for file, path in texts.items()}
-    used = {*metadata, *texts.values()}
+    for file in files:
+        text_file = file.with_suffix(".txt")
+        if file not in captions and text_file in existing:
+            captions[file] = one_line(read_utf8(text_file))
+            used.add(text_file)
     return captions, notes, [path for path in others if path not in used]
 
 def read_metadata(path, notes):
     """The captions in a metadata.csv or metadata.jsonl, {file: text}; a note is added of files that
     it names twice. UserError for a bad line; empty ones are not counted."""
     lines = io.StringIO(read_utf8(path), newline="")
-    rows = (json.loads(line) for line in lines if line.strip())
     if path.suffix == ".csv":
         csv.field_size_limit(2**30)
         rows = csv.DictReader(lines)
+        first_line = 2  # after that of names
+    else:
+        rows = map(json.loads, filter(str.strip, lines))
+        first_line = 1
     captions = []
     try:
         for row in rows:
             file = path.parent / os.path.normpath(row["file_name"])
             captions.append((file, one_line(row["text"] or "")))
     except Exception as e:  # what is no JSON, no CSV, no string or not there raises anything
-        number = len(captions) + (2 if path.suffix == ".csv" else 1)  # .csv has a line of names
+        number = first_line + len(captions)
         raise UserError(f"{path}, line {number}, is no caption ({type(e).__name__}: {e}): each "
                         "needs file_name and text. Fix it, or give --no_captions.") from None
     num_repeated = len(captions) - len(dict(captions))
@@ -1207,8 +1217,10 @@ def encode(captions, vocabulary):
     """A list of the numbers of each caption's words, all padded with -1 to one length. Words that
     are not in the vocabulary, and those after MAX_WORDS, are left out."""
     number = {word: i for i, word in enumerate(vocabulary)}
-    rows = [[number[word] for word in split_words(caption)[:MAX_WORDS] if word in number]
-            for caption in captions]
+    rows = []
+    for caption in captions:
+        words = split_words(caption)[:MAX_WORDS]
+        rows.append([number[word] for word in words if word in number])
     length = max([1, *map(len, rows)])
     return [row + [-1] * (length - len(row)) for row in rows]
 
@@ -1217,16 +1229,16 @@ def folder_source(root, with_captions=True):
     first sub-folder on the path to a file."""
     check_folder(root)
     files, others, problems = list_images(root)
-    captions, notes, left_out = read_captions(files, others) if with_captions else ({}, [], others)
-    suffixes = Counter(path.suffix.lower() or "no suffix" for path in left_out)
-    listed = ", ".join(f"{suffix} {n}" for suffix, n in suffixes.most_common(8))
-    listed += advice_on(suffixes.keys())
     unread = f" Cannot be read: {', '.join(problems[:8])}." if problems else ""
-    require(files, f"No images in {root}: saw {len(others)} files ({listed}); accepted .png "
-            f".jpg .webp and whatever else Pillow opens.{unread}")
+    require(files, f"No images in {root}: saw {len(others)} files ({list_suffixes(others)}); "
+            f"accepted .png .jpg .webp and whatever else Pillow opens.{unread}")
+    captions = {}
+    notes = []
+    if with_captions:
+        captions, notes, others = read_captions(files, others)
+    texts = [captions.get(file, "") for file in files]
     parts = [file.relative_to(root).parts for file in files]
-    texts = [captions.get(file, "") for file in files] if any(captions.values()) else []
-    class_names = [] if texts else sorted({p[0] for p in parts if len(p) > 1})
+    class_names = [] if any(texts) else sorted({p[0] for p in parts if len(p) > 1})
     number = {name: i for i, name in enumerate(class_names)}
     labels = np.array([number.get(p[0], -1) for p in parts])
     names = ["/".join(p) for p in parts]
@@ -1234,8 +1246,8 @@ def folder_source(root, with_captions=True):
     versions = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
     key = [str(root.resolve()), *zip(names, versions)]
     notes += [f"warning: {problem} cannot be read, and is left out" for problem in problems]
-    if left_out:
-        notes.append(f"left out  {len(left_out)} other files: {listed}")
+    if others:
+        notes.append(f"left out  {len(others)} other files: {list_suffixes(others)}")
     notes += notes_on_folders(root, parts)
 
     def open_file(i):
@@ -1245,7 +1257,7 @@ def folder_source(root, with_captions=True):
     return ImageSource(names, labels, class_names, key, open_file, notes, texts)
 
 def notes_on_folders(root, parts):
-    """Notes about sub-folders that may be no classes. parts: of the paths of all images. UserError
+    """A note about sub-folders that may be no classes. parts: of the paths of all images. UserError
     for those that are splits of one data set."""
     tops = {p[0] for p in parts if len(p) > 1}
     training = [str(root / name) for name in tops if name.lower() in ("train", "training")]
@@ -1253,16 +1265,11 @@ def notes_on_folders(root, parts):
     require(not are_splits, f"The sub-folders of {root}, {', '.join(sorted(tops))}, look like "
             "splits of one data set, not like classes: give --data_path "
             f"{' or '.join(training)}.")
-    notes = []
-    empty = [path.name for path in root.iterdir()
-             if path.is_dir() and path.name[0] != "." and path.name not in tops]
-    if tops and empty:
-        notes.append(f"warning: no images in the sub-folders {', '.join(sorted(empty)[:8])}")
     deeper = {p[1] for p in parts if len(p) > 2}
-    if len(tops) == 1 and len(deeper) > 1:
-        notes.append(f"note: all sub-folders are in {root / min(tops)}: give --data_path that one "
-                     "if they are classes")
-    return notes
+    if len(tops) > 1 or len(deeper) < 2:
+        return []
+    return [f"note: all sub-folders are in {root / min(tops)}: give --data_path that one if they "
+            "are classes"]
 
 def torchvision_source(name, root):
     """One of torchvision's data sets, downloaded if needed: its training images."""
@@ -1291,7 +1298,8 @@ def torchvision_source(name, root):
         labels = np.asarray(parts[0].targets)
         class_names = [c.replace("/", "-") for c in parts[0].classes]
     names = [f"{name}/{i}" for i in range(len(data))]
-    return ImageSource(names, labels, class_names, [name], lambda i: data[i][0], [])
+    captions = [""] * len(data)
+    return ImageSource(names, labels, class_names, [name], lambda i: data[i][0], [], captions)
 
 def load_images(config, device="cpu"):
     """The images of a Config, decoded, as `Images`. UserError for none, or too many bad ones."""
@@ -1389,13 +1397,11 @@ def decode_all(source, chosen, config, path):
 
         errors = for_each_row(decode_row, range(len(chosen)), "decoding")
         pixels.flush()
-        rare = np.flatnonzero(coloured) if coloured.mean() < 0.1 else np.array([])
-        median = np.median(ratios)
-        num_alike = np.sum(abs(ratios / median - 1) < 0.05)
-        about = dict(unreadable=errors, white=white, coloured=rare.tolist(),
-                     blank=np.flatnonzero(contrast < 16).tolist(),
-                     shape=(median, int(num_alike)))
-        atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
+        names = [source.names[i] for i in chosen]
+        notes = notes_on_pixels(names, white, coloured, contrast)
+        notes += notes_on_shape(ratios, config)
+        about = json.dumps(dict(unreadable=errors, white=white, notes=notes))
+        atomic_write(path.with_suffix(".json"), lambda f: f.write(about.encode()))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -1414,32 +1420,29 @@ def for_each_row(work, rows, description):
 class Images:
     """Decoded images, row i image chosen[i] of the source. pixels: (N, C, H, W) uint8, on the GPU
     if it has room. labels: int64, for networks. train, validation: rows. class_names: those of the
-    labels that the network learns, all_class_names or none. captions: N strings, or [].
+    labels that the network learns, all_class_names or none. captions: N strings, "" for none.
     vocabulary: the words of those in training; examples: some of those. white: as in `Decoded`.
     notes: sentences about the images."""
     def __init__(self, source, chosen, decoded, config, device):
         names = [source.names[i] for i in chosen]
         report_unreadable(names, decoded.unreadable)
-        self.white = decoded.white
-        self.notes = source.notes + notes_on_pixels(names, decoded)
-        self.notes += notes_on_shape(decoded.shape, len(names), config)
         self.num_found = len(source.names)
-        self.num_unused = len(source.names) - len(chosen)
         self.num_unreadable = len(decoded.unreadable)
+        self.white = decoded.white
+        self.notes = source.notes + decoded.notes
         self.train, self.validation = split_rows(len(chosen), decoded.unreadable, config)
         self.all_class_names = source.class_names
         learn_classes = config.class_cond and len(source.class_names) > 1
         self.class_names = source.class_names if learn_classes else []
         self.labels = torch.from_numpy(source.labels[chosen].astype(np.int64))
-        self.captions = [source.captions[i] for i in chosen] if source.captions else []
-        self.vocabulary = []
-        self.examples = []
-        if self.captions:
-            texts = [self.captions[row] for row in self.train]
-            self.vocabulary = sorted({w for text in texts for w in split_words(text)[:MAX_WORDS]})
-            different = list(dict.fromkeys(text[:300] for text in texts if text))
-            self.examples = evenly_spaced(np.array(different, dtype=object), 8).tolist()
+        self.captions = [source.captions[i] for i in chosen]
+        in_training = [self.captions[row] for row in self.train]
+        words = {word for text in in_training for word in split_words(text)[:MAX_WORDS]}
+        self.vocabulary = sorted(words)
+        if self.vocabulary:
             self.labels = torch.tensor(encode(self.captions, self.vocabulary))
+        different = list(dict.fromkeys(text[:300] for text in in_training if text))
+        self.examples = evenly_spaced(np.array(different, dtype=object), 8).tolist()
         self.pixels = torch.from_numpy(decoded.pixels)
         if torch.device(device).type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(device)
@@ -1451,7 +1454,7 @@ class Images:
         self.last_order = (None, None)  # (epoch, rows)
         self.fingerprint = f"{len(chosen)} images, {self.num_unreadable} unreadable"
         self.fingerprint += ", names " + short_hash("\n".join(names))
-        if self.captions:
+        if self.vocabulary:
             self.fingerprint += ", captions " + short_hash("\n".join(self.captions))
 
     def order(self, epoch):
@@ -1473,8 +1476,7 @@ class Images:
         n = batch_size // num_micro_batches
         positions = step * batch_size + micro_batch * n + np.arange(n)  # since training started
         epochs, places = np.divmod(positions, len(self.train))  # which epoch, and where in it
-        rows = np.concatenate(
-            [self.order(epoch)[places[epochs == epoch]] for epoch in np.unique(epochs)])
+        rows = np.array([self.order(epoch)[place] for epoch, place in zip(epochs, places)])
         x0, y = self.take(rows, device)
         if self.hflip:
             flip = to_device(torch.rand(n) < 0.5, device)
@@ -1490,36 +1492,39 @@ def report_unreadable(names, unreadable):
     require(len(unreadable) < 0.05 * len(names),
             "That is 5 % of the images or more: fix or remove them.")
 
-def notes_on_pixels(names, decoded):
-    """Sentences about what became of the images with these names."""
+def notes_on_pixels(names, white, coloured, contrast):
+    """Sentences about what became of images: of their names, the scale of those of more than 8
+    bits, whether each is in colour, and its largest difference of two pixels."""
     notes = []
-    if decoded.white:
-        notes.append(f"scale     images of more than 8 bits: 0 is black, {decoded.white} white")
-    kinds = [("note", decoded.coloured, "are in colour, and give three channels to all"),
-             ("warning", decoded.blank, "show next to nothing: black, white or one colour")]
-    for kind, rows, what in kinds:
-        if rows:
+    if white:
+        notes.append(f"scale     images of more than 8 bits: 0 is black, {white} white")
+
+    def note(kind, rows, what):
+        if len(rows):
             some = f"{len(rows)} of {len(names)} images, such as {names[rows[0]]},"
             notes.append(f"{kind}: {some} {what}")
+
+    if coloured.mean() < 0.1:
+        note("note", np.flatnonzero(coloured), "are in colour, and give three channels to all")
+    blank = np.flatnonzero(contrast < 16)
+    note("warning", blank, "show next to nothing: black, white or one colour")
     return notes
 
-def notes_on_shape(shape, num_images, config):
-    """A sentence if nearly all images have one shape that cropping takes much from."""
-    median, num_alike = shape
-    size = config.image_size
-    side = min(image_sides(size))
-    kept = {}  # {an --image_size: the fraction of each image that cropping to it keeps}
-    for other in [size, *nearest_sizes(config, side * max(1, 1 / median), side * max(1, median))]:
-        height, width = image_sides(other)
-        ratio = median * height / width
-        kept[other] = min(ratio, 1 / ratio)
-    better = max(kept, key=kept.get)
-    is_worth_it = config.resize == "crop" and kept[better] > kept[size] + 0.15
-    if not is_worth_it or num_alike < 0.9 * num_images:
+def notes_on_shape(ratios, config):
+    """A sentence if nearly all images have one shape, width / height, that cropping takes much
+    from."""
+    height, width = image_sides(config.image_size)
+    ratio = np.median(ratios)
+    kept = min(ratio * height / width, width / height / ratio)
+    num_alike = np.sum(abs(ratios / ratio - 1) < 0.05)
+    if config.resize != "crop" or kept > 0.85 or num_alike < 0.9 * len(ratios):
         return []
-    return [f"note: {num_alike} of {num_images} images are {median:.3g} times as wide as high, and "
-            f"cropping to {size_text(size)} keeps {kept[size]:.0%} of each: --image_size {better} "
-            f"keeps {kept[better]:.0%}, --resize pad all"]
+    side = min(height, width)
+    width = max(side, round(side * ratio / 16) * 16)  # which most networks can take
+    height = max(side, round(side / ratio / 16) * 16)
+    return [f"note: {num_alike} of {len(ratios)} images are {ratio:.3g} times as wide as high, and "
+            f"cropping to {size_text(config.image_size)} keeps {kept:.0%} of each: --image_size "
+            f"{width}x{height} keeps their shape, --resize pad all of them"]
 
 def split_rows(n, unreadable, config):
     """The readable rows, --holdout of them for validation: (training, validation), sorted."""
@@ -2387,7 +2392,8 @@ def print_banner(config, state, runtime, abar_T, origin):
         length = f"{state.total_steps} steps, {seen:,} images, {seen / n:.4g} epochs"
     else:
         length = f"{config.minutes:g} minutes"
-    unused = f", {images.num_unused} not used (--max_images)" if images.num_unused else ""
+    num_unused = images.num_found - len(images.pixels)
+    unused = f", {num_unused} not used (--max_images)" if num_unused else ""
     print(f"data      {printable(config.data_path)}: {images.num_found} found, {n} for training, "
           f"{len(images.validation)} for validation, {images.num_unreadable} unreadable{unused}; "
           f"{size_text(config.image_size)}, {images.channels} channels\n"
@@ -2416,7 +2422,7 @@ def print_banner(config, state, runtime, abar_T, origin):
 
 def describe_labels(images):
     """The line of the banner about captions, or about classes and their images for training."""
-    if images.captions:
+    if images.vocabulary:
         n = sum(map(bool, images.captions))
         cut = sum(len(split_words(text)) > MAX_WORDS for text in images.captions)
         cut = f", {cut} cut at {MAX_WORDS} words" if cut else ""

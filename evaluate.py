@@ -166,8 +166,7 @@ def labels_of_model(images, model):
     """The labels of all images as the model counts its words (N, L), or its classes (N,); -1 for a
     class it does not know."""
     if model.vocabulary:
-        captions = images.captions or [""] * len(images.labels)
-        return torch.tensor(ddpm.encode(captions, model.vocabulary))
+        return torch.tensor(ddpm.encode(images.captions, model.vocabulary))
     numbers = {name: i for i, name in enumerate(model.class_names)}
     table = [numbers.get(name, -1) for name in images.all_class_names]
     return torch.tensor([*table, -1])[images.labels]  # label -1 picks the last
@@ -481,7 +480,7 @@ def load(given, features_path):
     if missing:  # in one process: all do without
         features = None
         print_entry("note", missing)
-    if images.captions:  # sample what the images show, unless there is a --prompt
+    if images.vocabulary:  # sample what the images show, unless there is a --prompt
         rows = ddpm.evenly_spaced(images.train, config.num_samples)
         model.examples = [images.captions[row] for row in rows]
     labels, _ = ddpm.sample_conditions(config, model)

@@ -85,13 +85,13 @@ def test_sub_folders_are_classes_without_captions_or_when_asked(tmp_path, images
         write_image(tmp_path / "sorted" / name / "0.png", COLOURS[name])
     (tmp_path / "sorted" / "README.txt").write_text("no caption")
     _, source = captions_of(tmp_path / "sorted")
-    assert source.class_names == sorted(COLOURS) and not source.captions
+    assert source.class_names == sorted(COLOURS) and not any(source.captions)
     (tmp_path / "sorted" / "red" / "0.txt").write_text("red, I say")
     captions, source = captions_of(tmp_path / "sorted")
     assert not source.class_names and sorted(captions.values()) == ["", "", "", "red, I say"]
     for given in (dict(captions=False), dict(class_cond=False)):
         config = ddpm.Config(data_path=str(tmp_path / "sorted"), **given)
-        assert not ddpm.open_source(config).captions
+        assert not any(ddpm.open_source(config).captions)
 
 
 ROW = '{"file_name": "red.png", "text": "ok"}\n'
@@ -141,7 +141,10 @@ def test_odd_metadata_does_what_people_expect(images):
 
 def test_empty_captions_are_none(images):
     write_jsonl(images, [("red.png", ""), ("blue.png", " ")])
-    assert captions_of(images)[1].captions == []
+    assert captions_of(images)[1].captions == [""] * 4
+    config = ddpm.Config(data_path=str(images), image_size=16, download_dir=str(images / ".cache"))
+    data = ddpm.load_images(config)
+    assert data.vocabulary == data.examples == [] and "captions" not in data.fingerprint
 
 
 # ------------------------------------------------------------------------------------------- words

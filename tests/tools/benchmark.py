@@ -1039,7 +1039,7 @@ def synthetic(n):
         return Image.fromarray(pixels)
 
     names = [str(i) for i in range(n)]
-    return ddpm.ImageSource(names, np.full(n, -1), [], ["synthetic", n], image, [])
+    return ddpm.ImageSource(names, np.full(n, -1), [], ["synthetic", n], image, [], [""] * n)
 
 
 def time_calls(owner, name, what, spent, starts):
