@@ -83,8 +83,11 @@ def optional(what):
     try:
         yield
     except Exception as e:
-        message = f"warning: {what} failed ({type(e).__name__}: {e}); going on without"
-        print(printable(message), file=sys.stderr)
+        warn_of_failure(what, e)
+
+def warn_of_failure(what, error):
+    message = f"warning: {what} failed ({type(error).__name__}: {error}); going on without"
+    print(printable(message), file=sys.stderr)
 
 def short_hash(text):
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
@@ -221,12 +224,12 @@ def simplest_size(image_size):
 
 def image_sides(image_size):
     """(height, width) of images of this --image_size."""
-    sides = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", str(image_size))
+    sides = str(image_size).split("x")  # one or two
     limits = FIELDS["image_size"].metadata
-    require(sides, f"--image_size {image_size}: give {limits['low']} to {limits['high']} or, for "
+    require(len(sides) <= 2 and all(re.fullmatch(r"\d{1,9}", side) for side in sides),
+            f"--image_size {image_size}: give {limits['low']} to {limits['high']} or, for "
             "other shapes than squares, WIDTHxHEIGHT, as in 96x64.")
-    width, height = sides.groups()
-    return int(height or width), int(width)
+    return int(sides[-1]), int(sides[0])
 
 def size_text(image_size):
     """An image size as text, as in "64x64"."""
@@ -321,9 +324,6 @@ def check_value(name, value, field):
     choices = field.metadata["choices"]
     if choices:
         require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}.")
-    types = {field.type, *typing.get_args(field.type)}  # of float | None: float and NoneType too
-    if float in types:
-        types.add(int)
     type_name = field.type.__name__ if isinstance(field.type, type) else field.type
     wrong_type = f"--{name} {value!r}: give {type_name}."
     values = [value]
@@ -332,6 +332,9 @@ def check_value(name, value, field):
         values = value
     if name == "image_size":
         values = image_sides(value)
+    types = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of int | None
+    if float in types:
+        types = (int, *types)
     low, high = field.metadata["low"], field.metadata["high"]
     for v in values:
         require(type(v) in types and "\0" not in str(v), wrong_type)  # no file name may have \0
@@ -708,14 +711,21 @@ class Attention(nn.Module):
         if self.kind == "linear":
             context = k.softmax(1).transpose(1, 2) @ v  # over the pixels: (N, C, C)
             mixed = (q.softmax(2) * c**-0.5) @ context  # over the channels: (N, HW, C)
-        elif x.is_cuda:
-            mask = bias if bias is None else bias[:, None]
-            heads = (q[:, None], k[:, None], v[:, None])  # one
-            mixed = F.scaled_dot_product_attention(*heads, attn_mask=mask)[:, 0]
-        else:  # the same; three times as fast on a CPU, forward and backward
-            scores = (q * c**-0.5) @ k.transpose(1, 2)
-            mixed = (scores if bias is None else scores + bias).softmax(2) @ v
+        else:
+            mixed = softmax_attention(q, k, v, bias)    # (N, HW, C)
         return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
+
+def softmax_attention(q, k, v, bias=None):
+    """softmax(q k' / sqrt(C) + bias) v of one head. q, result: (N, HW, C)."""
+    if q.is_cuda:
+        mask = None if bias is None else bias[:, None]
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask)
+        return out[:, 0]
+    # The same; three times as fast on a CPU, forward and backward.
+    scores = (q * q.shape[2] ** -0.5) @ k.transpose(1, 2)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(2) @ v
 
 class ResBlock(nn.Module):
     """Twice norm, SiLU, convolution, with the embedding added in between, and a skip connection."""
@@ -2060,7 +2070,8 @@ def agree(runtime, stop_signal, progress):
     that of rank 0, whose clock counts with --minutes."""
     if runtime.world_size == 1:
         return stop_signal, progress
-    progress = progress if runtime.is_main else 0.0
+    if not runtime.is_main:
+        progress = 0.0  # so that the largest is that of rank 0
     largest = torch.tensor([stop_signal, progress], dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest[0]), largest[1].item()
@@ -2208,11 +2219,14 @@ def train(config):
     """Train and write model, checkpoints and images. Returns the model's path. UserError for what
     the user can fix; SystemExit 130 or 143 after a clean stop by Ctrl-C or SIGTERM."""
     check(config)
-    if not config.resume:
-        return train_run(config)
-    path, checkpoint = find_resume(config)
-    given = dataclasses.asdict(config)  # all of it: a default cannot be told from what was asked
-    return train_run(resumed_config(checkpoint, path, given), checkpoint)
+    return train_run(*training_config(dataclasses.asdict(config)))
+
+def training_config(given):
+    """The Config to train with these settings and, with --resume, the checkpoint to start from."""
+    if given.get("resume") is None:
+        return preset(given.get("preset", Config.preset), **given), None
+    path, checkpoint = find_resume(override(Config(), **given))
+    return resumed_config(checkpoint, path, given), checkpoint
 
 def resumed_config(checkpoint, path, given):
     """The Config in a checkpoint, to resume its run with the settings `given`."""
@@ -2309,11 +2323,13 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             # ------------------------------------------- agree whether to go on, log, save, preview
             stop_signal, progress = agree(runtime, stop.signum, state.progress())
             finished = progress >= 1
-            stop_signal = 0 if finished else stop_signal  # a finished run was not stopped
-            leaving = finished or stop_signal > 0
-            is_new = finished or state.step > start_step  # the others are saved and shown already
-            preview_due = is_new and (finished or state.step % config.sample_every == 0)
-            save_due = is_new and (leaving or preview_due or state.step % config.save_every == 0)
+            if finished:
+                stop_signal = 0  # it was not stopped
+            stopped = stop_signal > 0
+            is_new = state.step > start_step  # what a run starts from is saved and shown already
+            preview_due = finished or (is_new and state.step % config.sample_every == 0)
+            save_due = preview_due or (
+                is_new and (stopped or state.step % config.save_every == 0))
             if save_due or state.step % config.log_every == 0:
                 first_bad = meter.first_bad.item()  # waits for the device
                 if first_bad >= 0:
@@ -2326,13 +2342,13 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             if save_due and logger:  # first: a preview can outlast the time from SIGTERM to SIGKILL
                 logger.files += state.save()
-            if preview_due and not stop_signal:
+            if preview_due and not stopped:
                 before = time.monotonic()
                 preview = previewer.make(state.ema)
                 if logger:
                     logger.log_preview(state, preview)
                 meter.since += time.monotonic() - before  # not spent on training
-            if leaving:
+            if finished or stopped:
                 return stop_signal
             # -------------------------------------------------------------------- one training step
             state.lr = learning_rate(config, state.step, progress)
@@ -2351,7 +2367,9 @@ def train_step(config, state, diffusion, runtime, meter):
         x0, y = state.images.batch(
             state.step, config.batch_size, micro_batch, num_micro_batches, runtime.device)
         hidden = torch.rand(len(y), device=runtime.device) < config.label_dropout
-        y = torch.where(hidden.view(-1, *[1] * (y.ndim - 1)), -1, y)  # of captions all words
+        if y.ndim == 2:
+            hidden = hidden[:, None]  # all words of a caption
+        y = torch.where(hidden, -1, y)
         t = torch.randint(config.timesteps, (len(x0),), device=runtime.device)
         eps = torch.randn_like(x0)
         waits = runtime.world_size > 1 and i + 1 < config.grad_accum  # to average gradients once
@@ -2434,10 +2452,11 @@ def describe_labels(images):
     classes = [f"{name} {counts[label]}" for label, name in enumerate(names)]
     if len(classes) > 12:
         classes[12:] = [f"{len(classes) - 12} more"]
-    effect = "" if images.class_names else ": --guidance and --label_dropout have no effect"
-    if classes and not images.class_names:
-        classes[-1] += "; not learned"
-    return f"classes   {', '.join(classes) or 'none'}{effect}"
+    listed = ", ".join(classes) or "none"
+    if images.class_names:
+        return f"classes   {listed}"
+    not_learned = "; not learned" if classes else ""
+    return f"classes   {listed}{not_learned}: --guidance and --label_dropout have no effect"
 
 def print_forecast(state, images_per_s):
     """Print how long the run takes at the speed of its first steps, and whether that is enough."""
@@ -2466,7 +2485,6 @@ def progress_bar(state, runtime):
 
 def open_run(config, state):
     """Prepare the folders of a run and write the plots of its start. Returns its MetricsLogger."""
-    tracker = make_tracker(config)  # fails now, before anything is renamed
     model_path = Path(config.model_path)
     folder = step_folder(model_path)
     remove_partial_files(folder, r"step_\d+\.pt")
@@ -2480,8 +2498,7 @@ def open_run(config, state):
     else:  # what is there is of another run
         set_aside_model(model_path)
     os.remove(atomic_write(folder / "probe", lambda f: None))  # fails now if it cannot be written
-    logger = MetricsLogger(config, tracker)
-    logger.start(state.images.fingerprint, state.step if continues else 0)
+    logger = MetricsLogger(config, state.images.fingerprint, state.step if continues else 0)
     with optional("the plots of the start"):
         logger.files += write_start_plots(config, state.images)
     return logger
@@ -2565,31 +2582,27 @@ def model_from_samples(settings):
         return os.path.relpath(settings["model_path"], settings["samples_dir"])
 
 class MetricsLogger:
-    """metrics.jsonl, the image grids of a run and its Tracker. files: all that the run wrote."""
-    def __init__(self, config, tracker):
+    """metrics.jsonl, the image grids of a run, and --logger. files: all that the run wrote."""
+    def __init__(self, config, data, step):
+        """step: from which a run goes on. What is there of other runs is set aside."""
         self.config = config
-        self.tracker = tracker
         self.folder = Path(config.samples_dir)
         self.path = self.folder / "metrics.jsonl"
         self.rows = []
-        self.files = []
-
-    def start(self, data, step):
-        """Write the first line and a resumed run's rows to this step; set other runs' aside."""
         head = dict(config={})
         rows = []
         with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
             head, rows = read_metrics(self.path)
-        if step and model_from_samples(head["config"]) == model_from_samples(vars(self.config)):
+        if step and model_from_samples(head["config"]) == model_from_samples(vars(config)):
             self.rows = [row for row in rows if row["step"] <= step]
         else:
             set_aside_samples(self.folder)
+        self.tracker = open_tracker(config, step)
         self.head = dict(
-            config=dataclasses.asdict(self.config), data=data, version=__version__,
+            config=dataclasses.asdict(config), data=data, version=__version__,
             torch=torch.__version__, torchvision=torchvision.__version__,
             python=platform.python_version())
-        self.files.append(self.write())
-        self.tracker.start(step)
+        self.files = [self.write()]
 
     def write(self):
         """Write metrics.jsonl as a whole. Returns its path."""
@@ -2609,7 +2622,7 @@ class MetricsLogger:
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
         quarters = enumerate(values.get("loss_quarters", ()), 1)
         numbers |= {f"loss/quarter_{q}": loss for q, loss in quarters if loss is not None}
-        self.tracker.log(state.step, numbers)
+        self.track(state.step, numbers, {})
 
     def log_training(self, state, means):
         """A row about training since the last one. means: of LossMeter.read."""
@@ -2625,49 +2638,38 @@ class MetricsLogger:
             grids = write_previews(preview, state.epoch_name(), state.model, self.folder)
             self.files += grids.values()
             tracked = {name: grids[name] for name in ("compared", "generated")}
-            self.tracker.log(state.step, image_files=tracked)
+            self.track(state.step, {}, tracked)
             self.files.append(plot_loss(self.rows, self.folder / "loss_graph.png"))
 
-class Tracker:
-    """Logs to what --logger names. Weights & Biases gets all that is written for TensorBoard."""
-    def __init__(self, config):
-        self.logger = config.logger
-        self.writer = None
-        if self.logger == "none":
+    def track(self, step, numbers, image_files):
+        """Log numbers, {name: value}, and images, {name: path}, to --logger. A failure ends it."""
+        if self.tracker is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-        self.open_writer = functools.partial(SummaryWriter, Path(config.samples_dir, "tensorboard"))
-        if self.logger == "wandb":
-            import wandb
-            Path(config.samples_dir).mkdir(parents=True, exist_ok=True)
-            wandb.init(project="ddpm", dir=config.samples_dir, config=vars(config),
-                       sync_tensorboard=True)
-
-    def start(self, step):
-        """Begin at a step; of a run that is resumed, what was logged beyond it is hidden."""
-        if self.logger != "none":
-            with optional(f"--logger {self.logger}"):
-                self.writer = self.open_writer(purge_step=step + 1)
-
-    def log(self, step, numbers=None, image_files=None):
-        """Log numbers, {name: value}, and images, {name: path}. A failure ends the logging."""
-        writer = self.writer
-        if writer is None:
-            return
-        self.writer = None
-        with optional(f"--logger {self.logger}"):
-            for name, value in (numbers or {}).items():
-                writer.add_scalar(name, value, step)
-            for name, path in (image_files or {}).items():
+        try:
+            for name, value in numbers.items():
+                self.tracker.add_scalar(name, value, step)
+            for name, path in image_files.items():
                 pixels = np.asarray(Image.open(path).convert("RGB"))
-                writer.add_image(name, pixels, step, dataformats="HWC")
-            writer.flush()
-            self.writer = writer
+                self.tracker.add_image(name, pixels, step, dataformats="HWC")
+            self.tracker.flush()
+        except Exception as e:
+            self.tracker = None
+            warn_of_failure(f"--logger {self.config.logger}", e)
 
-def make_tracker(config):
-    """The Tracker of --logger. UserError if a package is missing, or nobody is logged in."""
+def open_tracker(config, step):
+    """What --logger names, a SummaryWriter, or None. Weights & Biases gets all that is written for
+    TensorBoard. Of a resumed run, what was logged after this step is hidden. UserError if a package
+    is missing, or nobody is logged in."""
+    if config.logger == "none":
+        return None
+    folder = Path(config.samples_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        return Tracker(config)
+        from torch.utils.tensorboard import SummaryWriter
+        if config.logger == "wandb":
+            import wandb
+            wandb.init(project="ddpm", dir=folder, config=vars(config), sync_tensorboard=True)
+        return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
     except ImportError as e:
         package = (e.name or config.logger).rpartition(".")[2]
         raise UserError(f"--logger {config.logger} needs the package {package}: "
@@ -3304,12 +3306,7 @@ def run_mode(mode, given):
         max_kept = MAX_SHOWN if config.interpolate is None else math.inf
         sample_run(override(config, model_path=path), checkpoint, max_kept)
         return
-    checkpoint = None
-    if "resume" in given:
-        path, checkpoint = find_resume(override(Config(), **given))
-        config = resumed_config(checkpoint, path, given)
-    else:
-        config = preset(given.get("preset", Config.preset), **given)
+    config, checkpoint = training_config(given)
     warn_of_unused(config, given)
     train_run(config, checkpoint)
 

@@ -40,11 +40,12 @@ def test_a_tracker_that_fails_is_left_out_and_training_goes_on(train, monkeypatc
 
 @pytest.mark.parametrize("what", ("numbers", "image_files"))
 def test_no_failure_of_a_tracker_is_fatal(capsys, tmp_path, what):
-    tracker = ddpm.make_tracker(ddpm.Config(logger="tensorboard", samples_dir=str(tmp_path)))
-    tracker.start(0)
-    tracker.log(1, {"loss": 0.5})
+    config = ddpm.Config(logger="tensorboard", samples_dir=str(tmp_path))
+    logger = ddpm.MetricsLogger(config, "data", 0)
+    logger.track(1, {"loss": 0.5}, {})
+    wrong = dict(numbers={}, image_files={}) | {what: {"loss": "neither a number nor a file"}}
     for _ in range(2):
-        tracker.log(2, **{what: {"loss": "neither a number nor a file"}})
+        logger.track(2, **wrong)
     said = capsys.readouterr().err
     assert said.count("warning: --logger tensorboard failed") == 1
 
@@ -68,7 +69,7 @@ def test_the_package_that_is_missing_is_the_one_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(ddpm.UserError, match="pip install a_package_that_is_missing"):
-        ddpm.make_tracker(ddpm.Config(logger="wandb"))
+        ddpm.open_tracker(ddpm.Config(logger="wandb", samples_dir=str(tmp_path)), 0)
 
 
 def test_a_full_disk_for_images_does_not_end_a_training(train, monkeypatch, capsys):
