@@ -6,7 +6,9 @@
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10
 
 docs/animals.png shows samples of the first command's model; docs/results.md has all figures and
-their commands. Each chapter starts with a ruler line. Papers, cited below by name:
+their commands. Each chapter starts with a ruler line. A new schedule goes into make_betas, a
+sampler into SAMPLERS, a network into build_model and total_stride; its name into the choices of
+Config. Formats: image_suffixes, read_captions, read_checkpoint. Papers, cited below by name:
 
     Ho et al. 2020, Denoising diffusion probabilistic models             arXiv:2006.11239
     Song et al. 2021, Denoising diffusion implicit models                arXiv:2010.02502
@@ -96,8 +98,7 @@ def evenly_spaced(items, n):
     """Up to n elements of an array, evenly spaced from the first to the last."""
     return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
 
-# What a seed is derived for, as the second number of `derive_seed`. (ImageNoise passes the number
-# of the image there.)
+# What a seed is derived for, as the second number of `derive_seed`.
 Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
 
 def derive_seed(*numbers):
@@ -289,9 +290,6 @@ PRESETS = {
 
 def override(config, **given):
     """A copy of `config` with the given settings; a given length of training replaces any other."""
-    unknown = given.keys() - FIELDS.keys()
-    require(not unknown,
-            f"There is no setting {', '.join(unknown)}: they are the fields of Config.")
     lengths = [name for name in LENGTHS if given.get(name) is not None]
     require(len(lengths) < 2,
             f"--{' and --'.join(lengths)} both set the length of training: give one.")
@@ -362,10 +360,11 @@ def check_sampling(config):
     require(config.interpolate != config.seed,
             f"--interpolate {config.interpolate} is --seed as well: give two different ones.")
 
+UNET_ONLY = "channel_mults patch res_blocks attention attention_at dropout checkpointing"
 UNUSED = {  # settings that have no effect with the value of another
     ("arch", "unet"): "pretrained",
-    ("arch", "simple"): "channel_mults patch res_blocks attention attention_at dropout pretrained",
-    ("arch", "resnet18"): "channels channel_mults patch res_blocks attention attention_at dropout",
+    ("arch", "simple"): f"{UNET_ONLY} pretrained",
+    ("arch", "resnet18"): f"{UNET_ONLY} channels",
     ("attention", "none"): "attention_at",
     ("sampler", "ddpm"): "eta",
     ("sampler", "dpm++"): "eta",
@@ -379,8 +378,6 @@ def warn_of_unused(config, given):
         if getattr(config, setting) == value:
             for name in changed.intersection(names.split()):
                 print(f"warning: --{name} has no effect with --{setting} {value}")
-    if changed >= {"prompt", "prompts"}:
-        print("warning: --prompt has no effect with --prompts")
 
 def check_network(config):
     require(config.channel_mults, "--channel_mults is empty: give a number per stage, as in 1 2 2.")
@@ -390,8 +387,6 @@ def check_network(config):
             f"--image_size {config.image_size} must be divisible by {stride}: use {remedy}.")
     require(config.channels % 2 == 0 or config.arch == "resnet18",
             f"--channels {config.channels} must be even: half sines, half cosines.")
-    require(config.arch == "unet" or not config.checkpointing,
-            f"--checkpointing has no effect on --arch {config.arch}: leave it out.")
     if config.arch == "unet" and config.attention != "none":
         heights = stage_heights(config)
         wanted = " ".join(map(str, config.attention_at))
@@ -674,16 +669,15 @@ class TextEncoder(nn.Module):
         self.pool = nn.Linear(width, embedding_dim)
 
     def forward(self, y):
-        first = torch.zeros_like(y[:, :1])
-        numbers = torch.cat([first, y + 1], dim=1)        # (N, 1 + L), 0 at padding too
-        is_word = torch.cat([first == 0, y >= 0], dim=1)  # (N, 1 + L)
+        numbers = F.pad(y + 1, (1, 0))              # (N, 1 + L), 0 at padding too
+        is_word = F.pad(y >= 0, (1, 0), value=True)  # (N, 1 + L), or begins a caption
         bias = torch.where(is_word, 0.0, -math.inf)
         h = self.words(numbers) + self.positions[: numbers.shape[1]]  # (N, 1 + L, width)
         for layer in self.layers:
             h = layer(h, src_key_padding_mask=bias)
         tokens = self.norm(h)
         weight = is_word / is_word.sum(1, keepdim=True)
-        mean = (weight[:, None].to(tokens.dtype) @ tokens)[:, 0]
+        mean = (weight[:, None].to(tokens.dtype) @ tokens)[:, 0]      # (N, width)
         return Text(tokens, bias[:, None], self.pool(mean))
 
 class Attention(nn.Module):
@@ -1050,7 +1044,7 @@ def largest_value(image):
     return values[np.isfinite(values)].max(initial=0)
 
 # What can be white: 1, 2, 4 to 128 for floats, and the largest integers of 8, 9 and more bits.
-WHITE_LEVELS = [*(2**k for k in range(8)), *(2**bits - 1 for bits in range(8, 129))]
+WHITE_LEVELS = [2**k for k in range(8)] + [2**bits - 1 for bits in range(8, 129)]
 
 def white_level(largest):
     """What is white where values go up to the largest: the first level that holds it."""
@@ -1092,8 +1086,7 @@ def edge_colour(image):
     return tuple(np.atleast_1d(edges.mean(axis=0)).round().astype(int).tolist())
 
 def load_image(path, image_size, channels, white=None, resize="crop"):
-    """The image in a file as a network sees it: (1, channels, H, W) in [-1, 1]. white, resize: as
-    in `decode`."""
+    """The image in a file, decoded as a network sees it: (1, channels, H, W) in [-1, 1]."""
     try:
         with open_image(path) as image:
             pixels = decode(image, image_size, channels, white, resize)
@@ -1119,9 +1112,13 @@ def list_images(root):
     cannot be read: folders and links."""
     files = []
     others = []
-    errors = []
+    unread = []
     visited = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=errors.append):
+
+    def note(error):
+        unread.append(f"{error.filename} ({error.strerror})")
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=note):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads round in a circle
             subfolders.clear()
@@ -1135,8 +1132,8 @@ def list_images(root):
             elif os.path.exists(path):
                 others.append(path)
             else:
-                errors.append(FileNotFoundError(0, "a link to nowhere", str(path)))
-    return files, others, [f"{error.filename} ({error.strerror})" for error in errors]
+                unread.append(f"{path} (a link to nowhere)")
+    return files, others, unread
 
 def advice_on(suffixes):
     """What to do with files of these suffixes, which are no images: a part of a sentence, or ""."""
@@ -1352,7 +1349,8 @@ def remove_old_caches(cache, origin):
     for old in cache.parent.glob(f"{origin}-*"):
         with contextlib.suppress(OSError):  # Windows does not remove what another run has mapped
             hours = (time.time() - old.stat().st_mtime) / 3600
-            if old.stem != cache.stem and (old.suffix != ".tmp" or hours > 24):
+            is_being_written = old.suffix == ".tmp" and hours < 24
+            if old.stem != cache.stem and not is_being_written:
                 old.unlink()
 
 def read_cache(path):
@@ -1383,28 +1381,24 @@ def look_at_all(source, chosen):
 
 def decode_all(source, chosen, config, path):
     """Decode the chosen images into a file of pixels, and one beside it with the rest of `Decoded`.
-    Both get their names once whole, so that a crash or a second process cannot leave a wrong
-    one."""
+    Both get their names once whole: a crash or a second process cannot leave a wrong one."""
     coloured, white = look_at_all(source, chosen)
-    contrast = np.full(len(chosen), 255)
-    ratios = np.ones(len(chosen))  # width / height
     channels = 3 if coloured.any() else 1
+    shape = (len(chosen), channels, *padded_sides(config.image_size))
+    contrast = np.full(len(chosen), 255)  # of each image, the largest difference of two pixels
+    ratios = np.ones(len(chosen))         # its width / height
+
+    def decode_row(row):
+        with contextlib.closing(source.open(chosen[row])) as image:
+            decoded = decode(image, config.image_size, channels, white, config.resize)
+            ratios[row] = image.width / image.height
+        contrast[row] = np.ptp(decoded, axis=(1, 2)).max()  # of all red is 0 too
+        pixels[row] = decoded
+
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        shape = (len(chosen), channels, *padded_sides(config.image_size))
-        pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-        if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process later
-            with open(partial, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, partial.stat().st_size)
-
-        def decode_row(row):
-            with contextlib.closing(source.open(chosen[row])) as image:
-                decoded = decode(image, config.image_size, channels, white, config.resize)
-                ratios[row] = image.width / image.height
-            contrast[row] = np.ptp(decoded, axis=(1, 2)).max()  # of all red is 0 too
-            pixels[row] = decoded
-
+        pixels = new_pixel_file(partial, shape)
         errors = for_each_row(decode_row, range(len(chosen)), "decoding")
         pixels.flush()
         names = [source.names[i] for i in chosen]
@@ -1415,6 +1409,14 @@ def decode_all(source, chosen, config, path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+def new_pixel_file(path, shape):
+    """A memory-mapped .npy file of uint8."""
+    pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process later
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+    return pixels
 
 def for_each_row(work, rows, description):
     """Call work(row) for every row, in threads. Returns {row: error message} of those that fail."""
@@ -1508,16 +1510,13 @@ def notes_on_pixels(names, white, coloured, contrast):
     notes = []
     if white:
         notes.append(f"scale     images of more than 8 bits: 0 is black, {white} white")
-
-    def note(kind, rows, what):
-        if len(rows):
-            some = f"{len(rows)} of {len(names)} images, such as {names[rows[0]]},"
+    is_rare = coloured.mean() < 0.1
+    kinds = [("note", coloured & is_rare, "are in colour, and give three channels to all"),
+             ("warning", contrast < 16, "show next to nothing: black, white or one colour")]
+    for kind, which, what in kinds:
+        if which.any():
+            some = f"{which.sum()} of {len(names)} images, such as {names[which.argmax()]},"
             notes.append(f"{kind}: {some} {what}")
-
-    if coloured.mean() < 0.1:
-        note("note", np.flatnonzero(coloured), "are in colour, and give three channels to all")
-    blank = np.flatnonzero(contrast < 16)
-    note("warning", blank, "show next to nothing: black, white or one colour")
     return notes
 
 def notes_on_shape(ratios, config):
@@ -1700,13 +1699,12 @@ def all_finite(*state_dicts):
 
 def stored_config(checkpoint, path):
     """The Config in a checkpoint, with the defaults of settings that are newer than the file."""
-    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in checkpoint["config"].items()}
-    unknown = ", ".join(stored.keys() - FIELDS.keys())
+    unknown = ", ".join(checkpoint["config"].keys() - FIELDS.keys())
     require(not unknown,
             f"{path} has settings that this ddpm.py does not know: {unknown}. Use a newer one.")
-    stored |= {name: field.default for name, field in FIELDS.items()
-               if "once" in field.metadata["change_on"]}
-    config = Config(**stored)
+    never_used = {name: field.default for name, field in FIELDS.items()
+                  if "once" in field.metadata["change_on"]}
+    config = Config(**checkpoint["config"] | never_used)
     try:
         check(config)
     except UserError as e:
@@ -1731,7 +1729,8 @@ def sampling_config(checkpoint, path, given, changes=None):
     defaults = dict(samples_dir=Config.samples_dir, device=Config.device)
     if checkpoint["config"].get("precision") == "fp16":  # which not every machine has
         defaults["precision"] = Config.precision
-    return merged_config(checkpoint, path, defaults | given, changes or changeable("sample"))
+    given = defaults | given | dict(model_path=str(path))
+    return merged_config(checkpoint, path, given, changes or changeable("sample"))
 
 def load_weights(model, state_dict, path):
     """Load weights strictly, whatever wrapper they were saved from."""
@@ -1857,9 +1856,9 @@ def load_matching_weights(model, checkpoint, config):
         fitting.pop("embed.labels.weight", None)
     if checkpoint["vocabulary"] != model.vocabulary:  # and those of the word table other words
         fitting.pop("text.words.weight", None)
-    remedy = ", ".join(differences(stored, config, NETWORK)) or "another checkpoint"
     num_fitting = sum(weight.numel() for weight in fitting.values())
     fraction = num_fitting / sum(weight.numel() for weight in own.values())
+    remedy = ", ".join(differences(stored, config, NETWORK)) or "another checkpoint"
     require(fraction > 0.25, f"Only {100 * fraction:.0f} % of the network's weights fit "
             f"{path}: use {remedy}.")
     other_meaning = ", ".join(differences(stored, config, DIFFUSION))
@@ -1867,8 +1866,9 @@ def load_matching_weights(model, checkpoint, config):
         print(f"warning: {path} was trained with {other_meaning}: its weights mean something else "
               "here, and may be worse than none")
     model.load_state_dict(fitting, strict=False)
-    new = ", ".join([name for name in own if name not in fitting][:6]) or "none"
-    return f"start     from {path}: {len(fitting)} of {len(own)} tensors; new: {new}"
+    new = [name for name in own if name not in fitting]
+    return (f"start     from {path}: {len(fitting)} of {len(own)} tensors; new: "
+            f"{', '.join(new[:6]) or 'none'}")
 
 # The settings that weights depend on: for their shapes, and for what they compute.
 NETWORK = ("arch", "channels", "channel_mults", "patch", "res_blocks", "attention", "attention_at")
@@ -2051,8 +2051,8 @@ def is_held(file, host):
         return True
     except (ImportError, OSError):  # nor can all network drives lock
         lock_tells = False
-    if os.fstat(file.fileno()).st_nlink == 0:  # that run has just ended, and removed the file:
-        return True                            # a third could lock one of the same name
+    if os.fstat(file.fileno()).st_nlink == 0:  # its run has just ended, and removed it
+        return True
     if lock_tells or host == "":
         return False
     with tempfile.TemporaryFile(dir=Path(file.name).parent) as new:  # tells the disk's clock
@@ -2172,8 +2172,9 @@ class TrainState:
         if self.precision != "fp32":
             remedy = f"--precision fp32 or {remedy}"
         advice = f"No checkpoint yet: start again with {remedy}."
-        for last in step_files(step_folder(self.config.model_path))[-1:]:
-            advice = f"Resume the last good checkpoint with --resume {last} and {remedy}."
+        files = step_files(step_folder(self.config.model_path))
+        if files:
+            advice = f"Resume the last good checkpoint with --resume {files[-1]} and {remedy}."
         message = f"Non-finite {what} at step {step} (lr {self.lr:.2g}, {self.precision}). {advice}"
         raise UserError(message)
 
@@ -2219,7 +2220,8 @@ def train(config):
     """Train and write model, checkpoints and images. Returns the model's path. UserError for what
     the user can fix; SystemExit 130 or 143 after a clean stop by Ctrl-C or SIGTERM."""
     check(config)
-    return train_run(*training_config(dataclasses.asdict(config)))
+    config, checkpoint = training_config(dataclasses.asdict(config))
+    return train_run(config, checkpoint)
 
 def training_config(given):
     """The Config to train with these settings and, with --resume, the checkpoint to start from."""
@@ -2241,12 +2243,12 @@ def places_beside(path, stored):
     """The model_path and samples_dir of a run, resumed from a step checkpoint at this path, whose
     folder may have been moved, copied or renamed. stored: the settings in the checkpoint."""
     steps = Path(path).parent
+    if not steps.name.endswith("_steps"):  # no folder of step checkpoints
+        return {}
     model = Path(stored["model_path"])
     samples = Path(stored["samples_dir"])
     name = steps.name.removesuffix("_steps")
-    if name == steps.name:  # no folder of step checkpoints
-        return {}
-    if name == model.stem:  # as it was called in earlier versions
+    if name == model.stem:  # as it was called in the first version
         name = model.name
     places = dict(model_path=str(steps.with_name(name)))
     if samples.is_relative_to(model.parent):
@@ -2613,12 +2615,8 @@ class MetricsLogger:
         """Append a row, and log the numbers in it to the tracker."""
         row = dict(step=state.step, **values, seconds=round(state.seconds(), 1))
         self.rows.append(row)
-        with optional("writing metrics.jsonl"):
-            if not self.path.exists():  # somebody removed it
-                self.write()
-            else:
-                with open(self.path, "a") as f:
-                    f.write(json.dumps(row) + "\n")
+        with optional("writing metrics.jsonl"), open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
         quarters = enumerate(values.get("loss_quarters", ()), 1)
         numbers |= {f"loss/quarter_{q}": loss for q, loss in quarters if loss is not None}
@@ -2657,9 +2655,8 @@ class MetricsLogger:
             warn_of_failure(f"--logger {self.config.logger}", e)
 
 def open_tracker(config, step):
-    """What --logger names, a SummaryWriter, or None. Weights & Biases gets all that is written for
-    TensorBoard. Of a resumed run, what was logged after this step is hidden. UserError if a package
-    is missing, or nobody is logged in."""
+    """The SummaryWriter of --logger, or None. Weights & Biases gets all that is written to it. What
+    was logged after this step is hidden. UserError for a missing package or login."""
     if config.logger == "none":
         return None
     folder = Path(config.samples_dir)
@@ -2700,11 +2697,11 @@ def sample_conditions(config, model):
     return [labels[i] for i in numbers], [names[i] for i in numbers]
 
 def read_prompts(config, vocabulary):
-    """The captions of --prompt or --prompts, each once; UserError for unknown words."""
-    prompts = config.prompt
+    """The captions of --prompt and --prompts, each once; UserError for unknown words."""
+    prompts = list(config.prompt)
     if config.prompts:
-        lines = map(one_line, read_utf8(config.prompts).splitlines())
-        prompts = [line for line in lines if line]
+        lines = read_utf8(config.prompts).splitlines()
+        prompts += [one_line(line) for line in lines if line.strip()]
         require(prompts, f"--prompts {config.prompts} is empty: write a caption a line.")
     check_words(prompts, vocabulary)
     return list(dict.fromkeys(prompts))
@@ -2830,7 +2827,7 @@ def sample(config):
     """Sample from the model at config.model_path. Returns the images, uint8 (N, C, H, W)."""
     path = find_model(config.model_path)
     checkpoint = read_checkpoint(path)
-    given = {name: getattr(config, name) for name in changeable("sample")} | dict(model_path=path)
+    given = {name: getattr(config, name) for name in changeable("sample")}
     conditional = checkpoint["classes"] or checkpoint["vocabulary"]
     if config.guidance == Config.guidance and not conditional:  # default, not asked for
         given["guidance"] = 1.0
@@ -2875,7 +2872,8 @@ def sample_run(config, checkpoint, max_kept=math.inf):
                     save_png(single, image_path(config, i), texts[i])
     for i in mine:
         if i < max_kept and i not in kept:  # sampled before a stop
-            kept[i] = read_png(image_path(config, i))
+            with Image.open(image_path(config, i)) as png:
+                kept[i] = torchvision.transforms.functional.pil_to_tensor(png)
     pixels = gather_images([kept[i][None] for i in sorted(kept)], config, model)
     leave_processes()
     if runtime.is_main:
@@ -2903,11 +2901,6 @@ class Frames:
 def image_path(config, i):
     """The file of --individual for image number i."""
     return Path(config.individual, f"{i:05d}.png")
-
-def read_png(path):
-    """A sample's pixels (C, H, W) uint8."""
-    with Image.open(path) as image:
-        return torchvision.transforms.functional.pil_to_tensor(image)
 
 def images_to_sample(config, mine, texts):
     """The numbers in `mine` but those of images that --individual has of this sampling, if it was
@@ -2985,14 +2978,11 @@ def write_samples(config, pixels, frames, model, names, text):
 # ---------------------------------------------------------------------------------- grids and plots
 
 def grid_columns(n, class_names):
-    """Columns for n images: one or more a class if that fits, else about square, without a gap."""
-    side = math.ceil(math.sqrt(n))
+    """Columns for n images: one or more a class if that fits, else about square."""
+    side = max(1, math.ceil(math.sqrt(n)))
     if 2 <= len(class_names) <= min(n, 12):
         return max(1, side // len(class_names)) * len(class_names)
-    for columns in range(side, 2 * side):
-        if n % columns == 0:
-            return columns
-    return max(1, side)
+    return side
 
 def to_images(pixels):
     """(N, C, H, W) uint8 -> PIL images, grey or in colour."""
@@ -3217,12 +3207,7 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--"):
                 name = "--" + name[2:].replace("-", "_")
             words.append(name + equals + value)
-        arguments, unknown = self.parse_known_args(words)
-        if unknown:
-            known = [option for option in self._option_string_actions if option.startswith("--")]
-            nearest = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-            hint = f", did you mean {nearest[0]}?" if nearest else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        arguments = self.parse_args(words)
         return {name: value for name, value in vars(arguments).items() if value is not None}
 
     def add_settings(self, groups):
@@ -3242,18 +3227,20 @@ class Parser(argparse.ArgumentParser):
                                  help=argparse.SUPPRESS)
             return
         is_tuple = typing.get_origin(field.type) is tuple
-        kind = (typing.get_args(field.type) or [field.type])[0]  # int of tuple[int, ...]
+        kinds = typing.get_args(field.type) or (field.type,)  # (int, ...) of tuple[int, ...]
         choices = list(PRESETS) if name == "preset" else field.metadata["choices"]
         if choices:
             meaning += f": {' '.join(choices)}"
         default = " ".join(map(str, field.default)) if is_tuple else field.default
         if default not in (None, ""):
             meaning += f" (default: {default})"
-        metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kind]
+        metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kinds[0]]
         special = dict(
             image_size=dict(type=simplest_size, metavar="SIZE"), classes=dict(metavar="NAME"),
             prompt=dict(metavar="TEXT"), resume=dict(nargs="?", const="latest"))
-        options = dict(type=kind, choices=choices, metavar=metavar, nargs="+" if is_tuple else None)
+        options = dict(type=kinds[0], choices=choices, metavar=metavar)
+        if is_tuple:
+            options["nargs"] = "+"
         options |= special.get(name, {})
         section.add_argument(f"--{name}", help=meaning, **options)
 
@@ -3304,7 +3291,7 @@ def run_mode(mode, given):
         config = sampling_config(checkpoint, path, given)
         warn_of_unused(config, given)
         max_kept = MAX_SHOWN if config.interpolate is None else math.inf
-        sample_run(override(config, model_path=path), checkpoint, max_kept)
+        sample_run(config, checkpoint, max_kept)
         return
     config, checkpoint = training_config(given)
     warn_of_unused(config, given)

@@ -63,7 +63,6 @@ def test_each_value_that_is_named_works(train, capsys, mistake):
 # A mistake, and the flag that its error says to leave out.
 LEFT_OUT = {
     "--schedule cosine --beta_start 1e-4": ("--beta_start 1e-4", "leave them out"),
-    "--arch simple --checkpointing": ("--checkpointing", "leave it out"),
     "--gif": ("--gif", "leave it out"),
     "--individual out": ("--individual out", "leave it out"),
     "--resume": ("--resume", "leave out --resume"),

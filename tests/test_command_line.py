@@ -283,15 +283,10 @@ def test_help_lists_every_group_and_setting(main, capsys):
             assert f"(default: {f.default})" in re.sub(r"\s+", " ", out), name
 
 
-@pytest.mark.parametrize(
-    "typo, meant",
-    [("--batchsize", "--batch_size"), ("--learning-rate", ""), ("--chanels", "--channels")],
-)
-def test_an_unknown_flag_suggests_the_nearest(main, tmp_path, capsys, typo, meant):
+@pytest.mark.parametrize("typo", ["--batchsize", "--learning-rate"])
+def test_an_unknown_flag_is_named(main, tmp_path, capsys, typo):
     assert main("--mode train", typo, "3") == 2
-    assert (f"did you mean {meant}?" if meant else "--learning_rate") in said_once(
-        capsys
-    ) and not tree(tmp_path)
+    assert typo.replace("-", "_")[2:] in said_once(capsys) and not tree(tmp_path)
 
 
 def test_no_mode_is_an_error_in_a_line(main, capsys):
@@ -566,7 +561,7 @@ def test_a_mistake_in_the_real_program_exits_with_its_code_and_no_traceback(prog
 def test_the_whole_program_is_short_enough_to_read():
     text = (ROOT / "ddpm.py").read_text()
     lines = text.splitlines()
-    assert len(lines) <= 3318 and max(map(len, lines)) <= 100
+    assert len(lines) <= 3316 and max(map(len, lines)) <= 100
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
     long = {f.name: n for f in functions if (n := f.end_lineno - f.lineno + 1) > 50}
     assert not long

@@ -673,7 +673,7 @@ def test_the_rest_runs_without_what_fid_needs(
         ("--bpd_timesteps 0", 1, "give 1 or more"),
         ("--bpd_pictures 0", 1, "give 1 or more"),
         ("--timesteps 10", 2, "unrecognized arguments: --timesteps"),
-        ("--featurs x", 2, "did you mean --features?"),
+        ("--featurs x", 2, "unrecognized arguments: --featurs x"),
         ("--bpd_timesteps many", 2, "invalid int value"),
     ],
 )

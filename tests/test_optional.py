@@ -78,8 +78,8 @@ def test_a_full_disk_for_images_does_not_end_a_training(train, monkeypatch, caps
             raise OSError(28, "No space left on device", "run/samples")
 
         monkeypatch.setattr(ddpm, "write_previews", write)
-        monkeypatch.setattr(ddpm.MetricsLogger, "write", write)
         Path("run/samples/metrics.jsonl").unlink()
+        Path("run/samples/metrics.jsonl").mkdir()
 
     before_step(monkeypatch, 1, full)
     assert train() == 0 and checkpoint("run/model.pt")["step"] == 2
@@ -187,6 +187,7 @@ def test_too_few_tensors_that_fit_are_refused_with_the_flags_that_would(train, t
     [
         ("--arch simple --patch 4 --res_blocks 2", "--patch has no effect with --arch simple"),
         ("--pretrained", "--pretrained has no effect with --arch unet"),
+        ("--arch simple --checkpointing", "--checkpointing has no effect with --arch simple"),
         ("--eta 0.5", "--eta has no effect with --sampler ddpm"),
         ("--attention none --attention_at 8", "--attention_at has no effect with --attention"),
         ("--guidance 0 --classes disc", "--classes has no effect with --guidance 0"),
