@@ -2665,8 +2665,8 @@ def open_tracker(config, step):
         from torch.utils.tensorboard import SummaryWriter
         if config.logger == "wandb":
             import wandb
-            wandb.init(project="ddpm", dir=folder, config=vars(config), sync_tensorboard=True)
-        return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+            wandb.init(project="ddpm", dir=config.samples_dir, config=vars(config),
+                       sync_tensorboard=True)
     except ImportError as e:
         package = (e.name or config.logger).rpartition(".")[2]
         raise UserError(f"--logger {config.logger} needs the package {package}: "
@@ -2675,6 +2675,7 @@ def open_tracker(config, step):
         raise UserError(
             f"--logger {config.logger} cannot start ({e}). Log in with: wandb login; or set "
             "WANDB_MODE=offline; or leave out --logger.") from None
+    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
 # ----------------------------------------------------------------------------------------- sampling
 
