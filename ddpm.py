@@ -1006,9 +1006,8 @@ ADVICE = {  # about files that are no images
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 DECODER_VERSION = 5  # raised when `decode` gives other pixels, so that old caches are not used
 
-# Images before decoding. labels: (N,) ints, -1 for none; key: changes whenever the images do;
-# open(i): the PIL image; notes: sentences about what else there is; captions: N strings, "" for
-# none.
+# Images before decoding. labels: (N,) ints, -1 for none; captions: N strings, "" for none; key:
+# changes whenever the images do; open(i): the PIL image; notes: sentences about what else there is.
 ImageSource = namedtuple("ImageSource", "names labels class_names key open notes captions")
 
 # What `decode_all` wrote. pixels: (N, C, H, W) uint8; unreadable: {row: error}; white: the value
@@ -2228,16 +2227,12 @@ def training_config(given):
     if given.get("resume") is None:
         return preset(given.get("preset", Config.preset), **given), None
     path, checkpoint = find_resume(override(Config(), **given))
-    return resumed_config(checkpoint, path, given), checkpoint
-
-def resumed_config(checkpoint, path, given):
-    """The Config in a checkpoint, to resume its run with the settings `given`."""
     types = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
     require(has_types(checkpoint, types), f"{path} is a model to sample from, not all that is "
             f"needed to resume a run: give --resume one of {step_folder(path)}, or start a new run "
             f"with --init_from {path}.")
     given = places_beside(path, checkpoint["config"]) | given | dict(resume=str(path))
-    return merged_config(checkpoint, path, given, changeable("resume"))
+    return merged_config(checkpoint, path, given, changeable("resume")), checkpoint
 
 def places_beside(path, stored):
     """The model_path and samples_dir of a run, resumed from a step checkpoint at this path, whose
