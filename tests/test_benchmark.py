@@ -447,7 +447,9 @@ def striped(shown, seed, index):
     return Image.fromarray(image)
 
 
-def test_images_of_the_prompts_score_as_drawings_do_and_shuffled_ones_by_chance(run, monkeypatch):
+def test_images_of_the_prompts_score_as_drawings_do_and_shuffled_ones_by_chance(
+    run, monkeypatch, real_plots
+):
     """A model that does what is asked at guidance 1, and shows one image at guidance 2."""
     monkeypatch.setattr(draw, "draw_captioned_image", striped)
 

@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, exit_code, metrics, places, randomise, tree, words
+from conftest import ROOT, TINY, exit_code, metrics, places, randomise, slow, tree, words
 from PIL import Image
 
 import convert
@@ -101,7 +101,7 @@ def test_ddim_pipeline_samples_our_images(tmp_path, predict, schedule):
     same(ours(path), ddim(tmp_path / "d"), free=0.02 if predict == "eps" else 0.2)
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", slow("cosine")])
 def test_a_trained_model_that_predicts_noise_samples_the_same(
     run, image_folder, schedule
 ):
