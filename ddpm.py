@@ -409,7 +409,7 @@ def nearest_sizes(config):
     sides = range(limits["low"], limits["high"] + 1)
     fitting = [n for n in sides if n % stride == 0 and padded(n) % stride == 0]
 
-    def nearest(side):
+    def nearest(side):  # below and above; a side that fits is both
         return [n for n in fitting if n <= side][-1:] + [n for n in fitting if n >= side][:1]
 
     height, width = image_sides(config.image_size)
@@ -1332,7 +1332,7 @@ def decode_cached(config, source, chosen):
     """What `read_cache` returns for the chosen images; decoded first if there is no cache yet."""
     subset_seed = config.seed if config.max_images else None
     options = [config.image_size, config.resize, config.max_images, subset_seed]
-    origin = short_hash(json.dumps([source.key[0], options]))
+    origin = short_hash(json.dumps([source.key[0], options]))  # stays when the images change
     content = short_hash(json.dumps([DECODER_VERSION, source.key, chosen.tolist()]))
     cache = cache_folder(config) / f"{origin}-{content}.npy"
     decoded = read_cache(cache)
