@@ -2219,13 +2219,13 @@ def train(config):
     """Train and write model, checkpoints and images. Returns the model's path. UserError for what
     the user can fix; SystemExit 130 or 143 after a clean stop by Ctrl-C or SIGTERM."""
     check(config)
-    config, checkpoint = training_config(dataclasses.asdict(config))
+    if config.resume is None:
+        return train_run(config)
+    config, checkpoint = resumed_config(dataclasses.asdict(config))
     return train_run(config, checkpoint)
 
-def training_config(given):
-    """The Config to train with these settings and, with --resume, the checkpoint to start from."""
-    if given.get("resume") is None:
-        return preset(given.get("preset", Config.preset), **given), None
+def resumed_config(given):
+    """What --resume means, with the settings `given`: the Config and the checkpoint of the run."""
     path, checkpoint = find_resume(override(Config(), **given))
     types = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
     require(has_types(checkpoint, types), f"{path} is a model to sample from, not all that is "
@@ -3289,7 +3289,11 @@ def run_mode(mode, given):
         max_kept = MAX_SHOWN if config.interpolate is None else math.inf
         sample_run(config, checkpoint, max_kept)
         return
-    config, checkpoint = training_config(given)
+    checkpoint = None
+    if "resume" in given:
+        config, checkpoint = resumed_config(given)
+    else:
+        config = preset(given.get("preset", Config.preset), **given)
     warn_of_unused(config, given)
     train_run(config, checkpoint)
 

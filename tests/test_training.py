@@ -877,10 +877,9 @@ def test_checkpointing_saves_activations_and_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("arch", ("simple", "resnet18"))
-def test_checkpointing_is_refused_for_other_networks(train, tmp_path, capsys, arch):
-    assert train("--checkpointing --image_size 32 --arch", arch) == 1
-    assert f"--checkpointing has no effect on --arch {arch}" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_checkpointing_is_warned_of_for_other_networks(train, capsys, arch):
+    assert train("--dry_run --checkpointing --image_size 32 --arch", arch) == 0
+    assert f"--checkpointing has no effect with --arch {arch}" in capsys.readouterr().out
 
 
 def test_the_banner_says_what_the_run_costs(train, capsys):
