@@ -1703,7 +1703,9 @@ def stored_config(checkpoint, path):
             f"{path} has settings that this ddpm.py does not know: {unknown}. Use a newer one.")
     never_used = {name: field.default for name, field in FIELDS.items()
                   if "once" in field.metadata["change_on"]}
-    config = Config(**checkpoint["config"] | never_used)
+    stored = {name: tuple(value) if isinstance(value, list) else value  # a list in metrics.jsonl
+              for name, value in checkpoint["config"].items()}
+    config = Config(**stored | never_used)
     try:
         check(config)
     except UserError as e:
@@ -2610,8 +2612,12 @@ class MetricsLogger:
         """Append a row, and log the numbers in it to the tracker."""
         row = dict(step=state.step, **values, seconds=round(state.seconds(), 1))
         self.rows.append(row)
-        with optional("writing metrics.jsonl"), open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        with optional("writing metrics.jsonl"):
+            if self.path.exists():
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+            else:  # somebody removed it
+                self.write()
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
         quarters = enumerate(values.get("loss_quarters", ()), 1)
         numbers |= {f"loss/quarter_{q}": loss for q, loss in quarters if loss is not None}
