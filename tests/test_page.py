@@ -302,7 +302,7 @@ def test_a_run_is_followed_without_a_click(visit, project):
     page.locator(
         "[data-testid=stVegaLiteChart] canvas, [data-testid=stVegaLiteChart] svg"
     ).first.wait_for()
-    assert page.get_by_role("img", name="Sampled from the same noise each time").count()
+    page.get_by_role("img", name="Sampled from the same noise each time").first.wait_for()
     with open(live, "a") as f:
         f.write(json.dumps(last | dict(step=100, seconds=last["seconds"] + 60)) + "\n")
     page.get_by_text("Step 100, 50%: 2 min left").wait_for(timeout=15_000)
