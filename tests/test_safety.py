@@ -298,7 +298,7 @@ def wait_for(process, condition, seconds=200):
 @pytest.mark.parametrize("what, code", [(signal.SIGTERM, 143), slow(signal.SIGINT, 130)])
 def test_a_signal_while_sampling(background, trained, tmp_path, what, code):
     """The shortest way out: nothing is written but whole images, and it is no traceback."""
-    flags = "--num_samples 1000000 --sampling_steps 50 --sample_batch_size 8 --individual each"
+    flags = "--num_samples 100000 --sampling_steps 50 --sample_batch_size 8 --individual each"
     process = background("--mode sample --device cpu", flags, "--model_path", trained)
     wait_for(process, lambda: "step/s" in (tmp_path / "log").read_text())
     process.send_signal(what)
