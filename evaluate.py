@@ -470,6 +470,9 @@ def load(given, features_path):
     require(images.channels == model.image_channels,
             f"{path} samples images of {model.image_channels} channels, and those in "
             f"{config.data_path} have {images.channels}: give the --data_path of its training.")
+    require(images.white in (None, model.white),
+            f"In the images of {config.data_path} {images.white} is white, in those of the model's "
+            f"training {model.white or 255}: convert all to 8 bits, on one scale.")
     require(len(set(all_gather(images.fingerprint))) == 1,
             "The processes see different images: give all of them the same in --data_path.")
     features = None

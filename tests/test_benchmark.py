@@ -197,6 +197,19 @@ def test_validation_images_have_the_numbers_of_the_training_classes(folder, tmp_
         benchmark.load_real(config, str(tmp_path / "validation"))
 
 
+def test_validation_images_in_folders_that_are_no_classes_have_no_label(folder, tmp_path):
+    """As those of patients, where training has no such folders."""
+    patient = tmp_path / "validation" / "patient 7"
+    patient.mkdir(parents=True)
+    (patient / "0.png").write_bytes((folder / "upright" / "0.png").read_bytes())
+    config = config_of(folder, tmp_path)
+    real = benchmark.load_real(config, str(patient.parent))
+    assert real.held_out.labels.tolist() == [-1]
+    Image.fromarray(np.full((16, 16), 4000, dtype=np.uint16)).save(patient / "scan.png")
+    with pytest.raises(ddpm.UserError, match="4095 is white, in those of training 255"):
+        benchmark.load_real(config, str(patient.parent))
+
+
 def test_a_test_split_is_decoded_as_training_images_are(monkeypatch, tmp_path):
     image = Image.fromarray(np.arange(28 * 28, dtype=np.uint8).reshape(28, 28))
     images = ddpm.decode(image, 28, 1)

@@ -3,6 +3,7 @@ command."""
 
 import json
 import math
+import shutil
 import sys
 from collections import defaultdict
 from types import SimpleNamespace
@@ -602,6 +603,15 @@ def test_labels_are_those_of_the_model(
     assert run("--model_path", half_trained, "--bpd_pictures 99 --data_path", folder) == 0
     assert [seen[row] for row in range(12)] == [-1] * 4 + [0] * 4 + [2] * 4
     assert any("trained on other images" in note for note in result(tmp_path)["notes"])
+
+
+def test_images_of_another_scale_are_refused(run, half_trained, image_folder, tmp_path, capsys):
+    """Their brightness would mean something else than to the model."""
+    shutil.copytree(image_folder, tmp_path / "other")
+    scan = np.full((16, 16), 4000, dtype=np.uint16)
+    Image.fromarray(scan).save(tmp_path / "other" / "disc" / "scan.png")
+    assert run("--model_path", half_trained, "--data_path", tmp_path / "other") == 1
+    assert "4095 is white, in those of the model's training 255" in capsys.readouterr().err
 
 
 def test_settings_come_from_the_checkpoint_unless_given(run, half_trained, tmp_path):

@@ -127,12 +127,17 @@ def load_test_split(config, channels):
 def load_folder(config, folder, images):
     """A folder of validation images, numbered by the classes of `images`."""
     found = ddpm.load_images(ddpm.override(config, data_path=folder))
-    unknown = set(found.all_class_names) - set(images.all_class_names)
+    known = set(found.all_class_names) & set(images.all_class_names)
+    unknown = set(found.all_class_names) - known if known else []  # none is a class: patients, say
     require(not unknown, f"{folder} has classes that the training images lack: {sorted(unknown)}.")
+    require(found.white in (None, images.white),
+            f"In the images of {folder} {found.white} is white, in those of training "
+            f"{images.white or 255}: convert all to 8 bits, on one scale.")
     require(found.channels <= images.channels,
             f"{folder} is in colour and the training images are grey: give grey ones.")
     pixels, labels = select(found, found.train)
-    numbers = [images.all_class_names.index(name) for name in found.all_class_names]
+    numbers = {name: i for i, name in enumerate(images.all_class_names)}
+    numbers = [numbers.get(name, -1) for name in found.all_class_names]
     numbers = torch.tensor([*numbers, -1])  # the last for -1, no class
     return Labelled(pixels.expand(-1, images.channels, -1, -1), numbers[labels])
 
