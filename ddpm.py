@@ -2472,7 +2472,7 @@ def print_forecast(state, images_per_s):
         enough = math.ceil(ENOUGH_FOR_PHOTOS / images_per_s / 60)
         tqdm.write(f"note: photos of unlike things show shapes from {ENOUGH_FOR_PHOTOS:,} images "
                    f"on, and before that textures. Try --minutes {enough}, --image_size 32, or "
-                   "--init_from a model of similar images")
+                   "--init_from a model of photos, such as saved_models/clothes.pt")
 
 def progress_bar(state, runtime):
     """A bar of the steps, or of the seconds of --minutes."""
