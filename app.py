@@ -61,7 +61,8 @@ def describe(path, changed):
         config = ddpm.stored_config(checkpoint, path)
     except ddpm.UserError:
         return f"{path.name}: cannot be read"
-    data = Path(config.data_path).name
+    folder = Path(config.data_path)
+    data = folder.parent.name if folder.name.lower() in ddpm.SPLITS else folder.name
     size = ddpm.size_text(config.image_size)
     learned = f", {len(checkpoint['classes'])} classes" if checkpoint["classes"] else ""
     if checkpoint["vocabulary"]:

@@ -92,7 +92,7 @@ def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
         "animals.pt: animal_data, 64x64, 5 classes",
         "animals_text.pt: animals_text_data, 64x64, prompts of 39 words",
         "broken.pt: cannot be read",
-        "clothes.pt: train, 64x64, 10 classes",
+        "clothes.pt: clothes, 64x64, 10 classes",
         "fashion_mnist.pt: fashion_mnist, 28x28, 10 classes",
         f"tiny.pt: {data}, 16x16, 3 classes",
         f"tiny.pt.previous: {data}, 16x16, 3 classes",

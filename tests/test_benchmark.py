@@ -523,3 +523,20 @@ def test_a_shrunk_model_samples_what_the_whole_one_samples(trained, tmp_path):
         config = ddpm.override(config, num_samples=2, sampling_steps=2)
         grids.append(ddpm.sample_images(model, diffusion, config, [-1, -1], "fp32").int())
     assert (grids[0] - grids[1]).abs().max() <= 2, "grey levels"
+
+
+def test_a_shrunk_model_knows_its_white_and_no_place_of_this_machine(trained, tmp_path):
+    whole = ddpm.read_checkpoint(trained)
+    assert Path(whole["config"]["data_path"]).is_absolute()
+    whole["white"] = 4095
+    whole["config"]["resume"] = str(trained)
+    torch.save(whole, tmp_path / "whole.pt")
+    small = ddpm.read_checkpoint(shrink.shrink(tmp_path / "whole.pt", tmp_path / "small.pt"))
+    assert small["white"] == 4095
+    assert str(tmp_path.parent) not in str(small["config"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "saved_models").glob("*.pt")), ids=lambda path: path.name)
+def test_an_included_model_has_no_absolute_path(path):
+    texts = [v for v in ddpm.read_checkpoint(path)["config"].values() if isinstance(v, str)]
+    assert texts and not any(Path(text).is_absolute() for text in texts)

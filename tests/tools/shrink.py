@@ -17,10 +17,14 @@ def shrink(source, target):
     """Write what `ddpm.load_model` needs of a checkpoint. Returns the path."""
     checkpoint = ddpm.read_checkpoint(source)
     weights = checkpoint["ema"] if "ema" in checkpoint else checkpoint["weights"]
-    needed = ("format", "config", "classes", "channels", "vocabulary", "examples")
-    small = {key: checkpoint[key] for key in needed if key in checkpoint}
-    places = ("download_dir", "model_path", "samples_dir")  # mean nothing on another machine
-    small["config"] |= {name: getattr(ddpm.Config, name) for name in places}
+    needed = ("format", "config", "classes", "channels", "vocabulary", "examples", "white")
+    small = {key: checkpoint[key] for key in needed}
+    config = small["config"]
+    places = ("download_dir", "model_path", "samples_dir", "resume", "init_from")
+    config |= {name: getattr(ddpm.Config, name) for name in places}  # of this machine
+    data = Path(config["data_path"])
+    if data.is_absolute():
+        config["data_path"] = "/".join(data.parts[-2:])  # as in clothes/train
     small["weights"] = {
         name: weight.half() if weight.is_floating_point() else weight
         for name, weight in weights.items()
