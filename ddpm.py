@@ -1004,15 +1004,16 @@ ADVICE = {  # about files that are no images
     "convert arrays to images": ".npy .npz .mat .h5 .hdf5 .pkl .parquet .tfrecord .csv",
     "for .heic: pip install pillow-heif": ".heic .heif"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-DECODER_VERSION = 5  # raised when `decode` gives other pixels, so that old caches are not used
+DECODER_VERSION = 6  # raised when `decode` gives other pixels, so that old caches are not used
 
 # Images before decoding. labels: (N,) ints, -1 for none; captions: N strings, "" for none; key:
 # changes whenever the images do; open(i): the PIL image; notes: sentences about what else there is.
 ImageSource = namedtuple("ImageSource", "names labels class_names key open notes captions")
 
 # What `decode_all` wrote. pixels: (N, C, H, W) uint8; unreadable: {row: error}; white: the value
-# that became white in images of more than 8 bits, None without any; notes: sentences about them.
-Decoded = namedtuple("Decoded", "pixels unreadable white notes")
+# that became white in images of more than 8 bits, None without any; shape: the median of width /
+# height, and how many images have it, to 5 %; notes: sentences about the pixels.
+Decoded = namedtuple("Decoded", "pixels unreadable white shape notes")
 
 def to_network(pixels):
     """uint8 pixels 0..255 -> float32 in [-1, 1], the range that the network sees. Any shape."""
@@ -1402,8 +1403,9 @@ def decode_all(source, chosen, config, path):
         pixels.flush()
         names = [source.names[i] for i in chosen]
         notes = notes_on_pixels(names, white, coloured, contrast)
-        notes += notes_on_shape(ratios, config)
-        about = json.dumps(dict(unreadable=errors, white=white, notes=notes))
+        ratio = np.median(ratios)
+        shape = (ratio, int(np.sum(abs(ratios / ratio - 1) < 0.05)))
+        about = json.dumps(dict(unreadable=errors, white=white, shape=shape, notes=notes))
         atomic_write(path.with_suffix(".json"), lambda f: f.write(about.encode()))
         os.replace(partial, path)
     finally:
@@ -1441,6 +1443,7 @@ class Images:
         self.num_unreadable = len(decoded.unreadable)
         self.white = decoded.white
         self.notes = source.notes + decoded.notes
+        self.notes += notes_on_shape(decoded.shape, len(names), config)
         self.train, self.validation = split_rows(len(chosen), decoded.unreadable, config)
         self.all_class_names = source.class_names
         learn_classes = config.class_cond and len(source.class_names) > 1
@@ -1518,21 +1521,23 @@ def notes_on_pixels(names, white, coloured, contrast):
             notes.append(f"{kind}: {some} {what}")
     return notes
 
-def notes_on_shape(ratios, config):
-    """A sentence if nearly all images have one shape, width / height, that cropping takes much
-    from."""
-    height, width = image_sides(config.image_size)
-    ratio = np.median(ratios)
-    kept = min(ratio * height / width, width / height / ratio)
-    num_alike = np.sum(abs(ratios / ratio - 1) < 0.05)
-    if config.resize != "crop" or kept > 0.85 or num_alike < 0.9 * len(ratios):
+def notes_on_shape(shape, num_images, config):
+    """A sentence if nearly all images have one shape that cropping takes much from."""
+    ratio, num_alike = shape
+    side = min(image_sides(config.image_size))
+    wanted = f"{round(side * max(1, ratio))}x{round(side * max(1, 1 / ratio))}"
+    kept = {}  # {an --image_size: the fraction of each image that cropping to it keeps}
+    for size in [config.image_size, *nearest_sizes(override(config, image_size=wanted))]:
+        height, width = image_sides(size)
+        kept[size] = min(ratio * height / width, width / height / ratio)
+    now = kept[config.image_size]
+    better = max(kept, key=kept.get)
+    is_worth_it = config.resize == "crop" and kept[better] > now + 0.15
+    if not is_worth_it or num_alike < 0.9 * num_images:
         return []
-    side = min(height, width)
-    width = max(side, round(side * ratio / 16) * 16)  # which most networks can take
-    height = max(side, round(side / ratio / 16) * 16)
-    return [f"note: {num_alike} of {len(ratios)} images are {ratio:.3g} times as wide as high, and "
-            f"cropping to {size_text(config.image_size)} keeps {kept:.0%} of each: --image_size "
-            f"{width}x{height} keeps their shape, --resize pad all of them"]
+    return [f"note: {num_alike} of {num_images} images are {ratio:.3g} times as wide as high, and "
+            f"cropping to {size_text(config.image_size)} keeps {now:.0%} of each: --image_size "
+            f"{better} keeps {kept[better]:.0%}, --resize pad all"]
 
 def split_rows(n, unreadable, config):
     """The readable rows, --holdout of them for validation: (training, validation), sorted."""
@@ -2484,6 +2489,7 @@ def progress_bar(state, runtime):
 
 def open_run(config, state):
     """Prepare the folders of a run and write the plots of its start. Returns its MetricsLogger."""
+    start_logger(config)  # fails now, before anything is renamed
     model_path = Path(config.model_path)
     folder = step_folder(model_path)
     remove_partial_files(folder, r"step_\d+\.pt")
@@ -2596,7 +2602,10 @@ class MetricsLogger:
             self.rows = [row for row in rows if row["step"] <= step]
         else:
             set_aside_samples(self.folder)
-        self.tracker = open_tracker(config, step)
+        self.tracker = None  # TensorBoard's, which hides what was logged after this step
+        if config.logger != "none":
+            from torch.utils.tensorboard import SummaryWriter
+            self.tracker = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1)
         self.head = dict(
             config=dataclasses.asdict(config), data=data, version=__version__,
             torch=torch.__version__, torchvision=torchvision.__version__,
@@ -2655,15 +2664,14 @@ class MetricsLogger:
             self.tracker = None
             warn_of_failure(f"--logger {self.config.logger}", e)
 
-def open_tracker(config, step):
-    """The SummaryWriter of --logger, or None. Weights & Biases gets all that is written to it. What
-    was logged after this step is hidden. UserError for a missing package or login."""
+def start_logger(config):
+    """Make --logger ready: Weights & Biases gets all that is written for TensorBoard. UserError for
+    a missing package or login."""
     if config.logger == "none":
-        return None
-    folder = Path(config.samples_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+        return
+    Path(config.samples_dir).mkdir(parents=True, exist_ok=True)
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        import torch.utils.tensorboard  # noqa: F401
         if config.logger == "wandb":
             import wandb
             wandb.init(project="ddpm", dir=config.samples_dir, config=vars(config),
@@ -2676,7 +2684,6 @@ def open_tracker(config, step):
         raise UserError(
             f"--logger {config.logger} cannot start ({e}). Log in with: wandb login; or set "
             "WANDB_MODE=offline; or leave out --logger.") from None
-    return SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
 # ----------------------------------------------------------------------------------------- sampling
 

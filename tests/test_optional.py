@@ -57,8 +57,11 @@ def test_wandb_without_a_login_is_a_sentence_before_training(train, monkeypatch,
     wandb = types.ModuleType("wandb")
     wandb.init = init
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    assert train() == 0
+    before = checkpoint("run/model.pt")["seconds"]
     before_step(monkeypatch, 0, lambda: pytest.fail("a step was computed"))
     assert train("--logger wandb") == 1
+    assert checkpoint("run/model.pt")["seconds"] == before, "the earlier model is where it was"
     said = capsys.readouterr().err
     assert "api_key not configured" in said and "wandb login" in said and "Traceback" not in said
 
@@ -69,7 +72,7 @@ def test_the_package_that_is_missing_is_the_one_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(ddpm.UserError, match="pip install a_package_that_is_missing"):
-        ddpm.open_tracker(ddpm.Config(logger="wandb", samples_dir=str(tmp_path)), 0)
+        ddpm.start_logger(ddpm.Config(logger="wandb", samples_dir=str(tmp_path)))
 
 
 def test_a_full_disk_for_images_does_not_end_a_training(train, monkeypatch, capsys):

@@ -262,12 +262,11 @@ def notes(folder, sizes, tmp_path, **settings):
     "sizes, settings, expected",
     [
         ([(96, 64)] * 19 + [(64, 64)], {}, "19 of 20 images are 1.5 times as wide as high, and "
-         "cropping to 64x64 keeps 67% of each: --image_size 96x64 keeps their shape, --resize pad "
-         "all of them"),
-        ([(64, 96)] * 10, {}, "--image_size 64x96 keeps their shape"),
-        ([(160, 90), (320, 180)] * 5, {}, "--image_size 112x64 keeps"),
-        ([(64, 64)] * 10, dict(image_size="96x64"), "67% of each: --image_size 64x64 keeps"),
-        ([(40, 30)] * 10, {}, "--image_size 80x64 keeps"),
+         "cropping to 64x64 keeps 67% of each: --image_size 96x64 keeps 100%, --resize pad all"),
+        ([(64, 96)] * 10, {}, "--image_size 64x96 keeps 100%"),
+        ([(160, 90), (320, 180)] * 5, {}, "--image_size 112x64 keeps 98%"),
+        ([(64, 64)] * 10, dict(image_size="96x64"), "to 96x64 keeps 67% of each: --image_size 64 "),
+        ([(40, 30)] * 10, {}, "--image_size 80x64 keeps 94%"),
         ([(96, 64)] * 8 + [(64, 64)] * 2, {}, None),
         ([(96, 64)] * 10, dict(image_size="96x64"), None),
         ([(96, 64)] * 10, dict(resize="pad"), None),
@@ -286,7 +285,7 @@ def test_the_note_is_printed_at_the_start(ramps, tmp_path, capsys):
     flags = ["--mode train --dry_run", TINY, "--image_size 16x32 --attention_at 16"]
     flags += places(tmp_path, ramps)
     assert ddpm.main(words(*flags)) == 0
-    assert "keeps 25% of each: --image_size 32x16 keeps" in capsys.readouterr().out
+    assert "keeps 25% of each: --image_size 32x16 keeps 100%" in capsys.readouterr().out
 
 
 # ---- training
