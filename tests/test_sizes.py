@@ -267,6 +267,8 @@ def notes(folder, sizes, tmp_path, **settings):
         ([(160, 90), (320, 180)] * 5, {}, "--image_size 112x64 keeps 98%"),
         ([(64, 64)] * 10, dict(image_size="96x64"), "to 96x64 keeps 67% of each: --image_size 64 "),
         ([(40, 30)] * 10, {}, "--image_size 80x64 keeps 94%"),
+        ([(160, 90)] * 10, dict(arch="resnet18"), "--image_size 128x64 keeps 89%"),
+        ([(40, 32)] * 10, dict(image_size=32), None),  # the next is as wide again, and worse
         ([(96, 64)] * 8 + [(64, 64)] * 2, {}, None),
         ([(96, 64)] * 10, dict(image_size="96x64"), None),
         ([(96, 64)] * 10, dict(resize="pad"), None),
