@@ -194,14 +194,15 @@ class Config:
     samples_dir: str = flag("samples", "folder for images, plots and metrics.jsonl", change_on=BOTH)
     num_samples: int = flag(25, "images to sample", 1, 10**7, group="sampling", change_on=BOTH)
     sample_batch_size: int = flag(64, "images sampled at a time", 1, 10**5, change_on=BOTH)
-    sampler: str = flag("ddpm", "sampling algorithm", choices="ddpm ddim dpm++", change_on=BOTH)
+    sampler: str = flag("dpm++sde", "sampling algorithm", choices="ddpm ddim dpm++ dpm++sde",
+                        change_on=BOTH)
     sampling_steps: int = flag(20, "steps from noise to image, at most T", 1, 10**5, change_on=BOTH)
     eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1, change_on=BOTH)
     classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change_on=BOTH)
     prompt: tuple[str, ...] = flag(
         (), 'captions to sample, in turn, as in "a white cat" "a lion"', change_on=BOTH)
     prompts: str | None = flag(None, "file of captions to sample, one a line", change_on=ONCE)
-    guidance: float = flag(2.0, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
+    guidance: float = flag(1.5, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
     ema: bool = flag(True, "sample with the EMA weights", change_on=BOTH)
     individual: str | None = flag(None, "folder for single files", change_on=ONCE)
     gif: bool = flag(False, "also write the reverse process as an animation", change_on=ONCE)
@@ -254,7 +255,7 @@ def changeable(command):
 # PLAIN: Ho et al. 2020, made small. LITERAL: with betas that do not depend on T.
 FASHION = dict(data_path="fashion_mnist", image_size=28, batch_size=128, num_samples=50)
 PLAIN = dict(schedule="linear", predict="eps", min_snr=0.0, patch=1, class_cond=False,
-             optimizer="adam", lr=1e-3, guidance=1.0, sampling_steps=50)
+             optimizer="adam", lr=1e-3, sampler="ddpm", guidance=1.0, sampling_steps=50)
 LITERAL = PLAIN | dict(
     beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = LITERAL | dict(
@@ -263,10 +264,10 @@ PRESETS = {
     "animals": dict(),
     "animals_text": dict(
         data_path="animals_text_data", batch_size=32, steps=8200, num_samples=24,
-        save_every=1000, sample_every=1000),
+        sampler="ddpm", guidance=2.0, save_every=1000, sample_every=1000),
     "fashion_mnist": FASHION | dict(
         channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
-        guidance=1.5, sampling_steps=30),
+        sampler="dpm++", guidance=1.25, sampling_steps=15),
     "animals_cnn": PLAIN | dict(arch="simple", predict="x0", batch_size=32, epochs=600),
     "cifar10_resnet18": PLAIN | dict(
         data_path="cifar10", arch="resnet18", timesteps=500, schedule="cosine", optimizer="adamw",
@@ -280,7 +281,7 @@ PRESETS = {
     "flowers_simple": FLOWERS | dict(arch="simple", timesteps=600, epochs=25),
     "flowers_attention": FLOWERS | dict(
         patch=2, channel_mults=(1, 2, 4, 8), attention="linear", attention_at=(32, 16, 8),
-        timesteps=300, epochs=100),
+        timesteps=300, warmup_steps=500, epochs=100),  # without warm-up it learns nothing
     "cifar10": PLAIN | dict(
         data_path="cifar10", image_size=32, channels=128, channel_mults=(1, 2, 2, 2), res_blocks=2,
         attention_at=(16,), dropout=0.1, lr=2e-4, lr_schedule="constant", warmup_steps=5000,
@@ -368,6 +369,7 @@ UNUSED = {  # settings that have no effect with the value of another
     ("attention", "none"): "attention_at",
     ("sampler", "ddpm"): "eta",
     ("sampler", "dpm++"): "eta",
+    ("sampler", "dpm++sde"): "eta",
     ("guidance", 0): "classes prompt prompts",  # 1 is off
 }
 
@@ -566,22 +568,31 @@ def ddim(diffusion, denoise, x, ts, noise, eta=0.0):
         yield t, x, x0
 
 def dpmpp(diffusion, denoise, x, ts, noise, eta=0.0):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), deterministic: noise and eta are ignored."""
-    a = diffusion.abar.sqrt().tolist()  # alpha and sigma in the paper
-    s = (1 - diffusion.abar).sqrt().tolist()
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), deterministic: eta is ignored."""
+    return multistep(diffusion, denoise, x, ts, noise, eta=0.0)
+
+def dpmpp_sde(diffusion, denoise, x, ts, noise, eta=0.0):
+    """SDE-DPM-Solver++(2M), its stochastic form (Lu et al. 2022, section 5): eta is ignored."""
+    return multistep(diffusion, denoise, x, ts, noise, eta=1.0)
+
+def multistep(diffusion, denoise, x, ts, noise, eta):
+    """ddim (eta 0) or ddpm's smaller sigma (eta 1), but of second order: the step is taken with x0
+    extrapolated from the last two predictions to the middle of the step in log-SNR."""
+    half_log_snr = (torch.logit(diffusion.abar) / 2).tolist()  # lambda in the paper
     last_x0 = last_h = None
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
-        if u < 0:  # the log-SNR of clean data is infinite; the limit of the step is x0
-            x = x0
-        else:
-            h = math.log(a[u] / s[u]) - math.log(a[t] / s[t])  # lambda_u - lambda_t
-            D = x0 if last_x0 is None else x0 + (x0 - last_x0) * (h / last_h / 2)  # r = last_h / h
-            x = s[u] / s[t] * x - a[u] * math.expm1(-h) * D
-            last_x0, last_h = x0, h
+        h = half_log_snr[u] - half_log_snr[t]  # infinite in the last step, which ends at x0
+        D = x0
+        if last_h and u >= 0:
+            D = x0 + (x0 - last_x0) * (h / last_h / 2)
+        mean, std = diffusion.posterior(x, D, t, u, eta)
+        x = mean + std * noise() if eta > 0 and u >= 0 else mean
+        last_x0 = x0
+        last_h = h
         yield t, x, x0
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "dpm++sde": dpmpp_sde}
 
 def spaced_timesteps(T, n):
     """n evenly spaced timesteps from T-1 down and a last -1: n + 1 integers (trailing spacing)."""

@@ -107,7 +107,7 @@ def test_a_mask_is_read_in_every_mode(sample, image, mask, tmp_path):
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", list(ddpm.SAMPLERS))
 def test_both_ends_of_an_interpolation_are_the_images_of_the_seeds(sample, sampler):
     strip = sample(interpolate=5, sampler=sampler, classes="square")
     first = sample(sampler=sampler, classes="square")[0]

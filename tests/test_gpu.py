@@ -175,7 +175,7 @@ def test_the_counter_sees_a_wait_in_a_step(tmp_path, image_folder, monkeypatch):
     assert counts[1] - counts[0] == 4
 
 
-@pytest.mark.parametrize("sampler", ("ddpm", "ddim", "dpm++"))
+@pytest.mark.parametrize("sampler", list(ddpm.SAMPLERS))
 def test_sampling_does_not_wait_for_the_gpu_between_steps(
     sampler, tmp_path, image_folder
 ):

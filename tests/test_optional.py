@@ -191,7 +191,7 @@ def test_too_few_tensors_that_fit_are_refused_with_the_flags_that_would(train, t
         ("--arch simple --patch 4 --res_blocks 2", "--patch has no effect with --arch simple"),
         ("--pretrained", "--pretrained has no effect with --arch unet"),
         ("--arch simple --checkpointing", "--checkpointing has no effect with --arch simple"),
-        ("--eta 0.5", "--eta has no effect with --sampler ddpm"),
+        ("--eta 0.5", "--eta has no effect with --sampler dpm++sde"),
         ("--attention none --attention_at 8", "--attention_at has no effect with --attention"),
         ("--guidance 0 --classes disc", "--classes has no effect with --guidance 0"),
     ],

@@ -95,6 +95,7 @@ def test_order_of_convergence_on_even_steps_in_log_snr(name, least, most):
         ("ddim", 250, 0.5),
         ("ddim", 250, 0.0),
         ("dpm++", 50, 0.0),
+        ("dpm++sde", 100, 0.0),
     ],
 )
 def test_samples_have_the_mean_and_standard_deviation_of_the_data(name, steps, eta):
@@ -240,12 +241,13 @@ def test_ddim_takes_the_steps_of_diffusers_ddim(predict, steps, eta):
 
 @pytest.mark.parametrize("predict", PREDICTION_TYPE)
 @pytest.mark.parametrize("steps", (5, 20))
-def test_dpmpp_takes_the_steps_of_diffusers_dpm_solver(predict, steps):
+@pytest.mark.parametrize("name, theirs", [("dpm++", "dpmsolver++"), ("dpm++sde", "sde-dpmsolver++")])
+def test_dpmpp_takes_the_steps_of_diffusers_dpm_solver(predict, steps, name, theirs):
     d, config = common(predict)
-    theirs = diffusers.DPMSolverMultistepScheduler(
-        **config, solver_order=2, algorithm_type="dpmsolver++", final_sigmas_type="zero"
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        **config, solver_order=2, algorithm_type=theirs, final_sigmas_type="zero"
     )
-    compare("dpm++", theirs, d, steps, clip=False)
+    compare(name, scheduler, d, steps, clip=False)
 
 
 # ---- what every sampler keeps to
