@@ -214,15 +214,16 @@ class Config:
                                    0, 2**63 - 1, change_on=ONCE)
 
     def __post_init__(self):
-        self.image_size = simplest_size(self.image_size)
+        self.image_size = square_as_number(self.image_size)
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 LENGTHS = ("steps", "epochs", "minutes")
 
-def simplest_size(image_size):
-    """An image size as Config has it: a number for a square, else text, as in "96x64"."""
-    side = re.fullmatch(r"(\d{1,9})(x\1)?", str(image_size))
-    return int(side[1]) if side else image_size
+def square_as_number(image_size):
+    """64 for "64" and "64x64"; an --image_size of another shape, or a wrong one, as it is."""
+    side = str(image_size).partition("x")[0]
+    is_square = str(image_size) in (side, f"{side}x{side}")
+    return int(side) if is_square and re.fullmatch(r"\d{1,9}", side) else image_size
 
 def image_sides(image_size):
     """(height, width) of images of this --image_size."""
@@ -376,9 +377,9 @@ UNUSED = {  # settings that have no effect with the value of another
 def warn_of_unused(config, given):
     """Print which of the settings `given` have no effect."""
     changed = {name for name, value in given.items() if value != FIELDS[name].default}
-    for (setting, value), names in UNUSED.items():
+    for (setting, value), unused in UNUSED.items():
         if getattr(config, setting) == value:
-            for name in changed.intersection(names.split()):
+            for name in sorted(changed & set(unused.split())):
                 print(f"warning: --{name} has no effect with --{setting} {value}")
 
 def check_network(config):
@@ -405,18 +406,18 @@ def padded_sides(image_size):
     return tuple(map(padded, image_sides(image_size)))
 
 def nearest_sizes(config):
-    """The --image_size next below and above that of a Config that the network can take."""
+    """The next smaller and the next larger --image_size that the network of a Config can take."""
     stride = total_stride(config)
     limits = FIELDS["image_size"].metadata
-    sides = range(limits["low"], limits["high"] + 1)
-    fitting = [n for n in sides if n % stride == 0 and padded(n) % stride == 0]
-
-    def nearest(side):  # below and above; a side that fits is both
-        return [n for n in fitting if n <= side][-1:] + [n for n in fitting if n >= side][:1]
-
-    height, width = image_sides(config.image_size)
-    sizes = [simplest_size(f"{w}x{h}") for h, w in zip(nearest(height), nearest(width))]
-    return list(dict.fromkeys(sizes))
+    possible = range(limits["low"], limits["high"] + 1)
+    fitting = [side for side in possible if padded(side) % stride == 0]
+    if not fitting:
+        return []
+    sides = image_sides(config.image_size)
+    smaller = [max([n for n in fitting if n <= side], default=fitting[0]) for side in sides]
+    larger = [min([n for n in fitting if n >= side], default=fitting[-1]) for side in sides]
+    sizes = [square_as_number(f"{width}x{height}") for height, width in (smaller, larger)]
+    return list(dict.fromkeys(sizes))  # one, if the size fits
 
 def total_stride(config):
     """How many pixels of an image are one pixel of the network's deepest feature map."""
@@ -476,7 +477,7 @@ class Diffusion:
         if min_snr:
             snr = abar / (1 - abar)
             x0_weight = snr.clamp(max=min_snr)  # Hang et al. 2023: or large t would hardly count
-            if predict != "eps":  # whose weight would grow without bound
+            if predict != "eps":  # not with eps, where this 1 becomes 1 / snr, without bound
                 x0_weight = x0_weight + 1  # Salimans & Ho 2022, section 4
             # The squared error of the output, in units of that of the x0 it stands for.
             error_ratio = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
@@ -646,18 +647,21 @@ class TimeLabelEmbedding(nn.Module):
         self.num_frequencies = base_channels // 2
         self.mlp = nn.Sequential(nn.Linear(base_channels, embedding_dim), nn.SiLU(),
                                  nn.Linear(embedding_dim, embedding_dim))
-        # One row per class, and the last for no label.
-        self.labels = nn.Embedding(num_classes + 1, embedding_dim) if num_classes else None
+        self.labels = None
+        if num_classes:
+            self.labels = nn.Embedding(num_classes + 1, embedding_dim)
+            self.no_label = num_classes  # the last row
 
     def forward(self, t, y):
-        exponent = torch.arange(self.num_frequencies, device=t.device) / (self.num_frequencies - 1)
-        angle = t[:, None].float() * torch.exp(-math.log(10000) * exponent)  # (N, base / 2)
-        emb = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))         # (N, embedding_dim)
+        fractions = torch.arange(self.num_frequencies, device=t.device) / (self.num_frequencies - 1)
+        frequencies = torch.exp(-math.log(10000) * fractions)         # from 1 to 1 / 10000
+        angle = t[:, None].float() * frequencies                      # (N, base_channels / 2)
+        emb = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))  # (N, embedding_dim)
         if self.labels is None:
             return emb
         if y is None:
             y = torch.full_like(t, -1)
-        return emb + self.labels(y % self.labels.num_embeddings)  # -1 becomes the last row
+        return emb + self.labels(torch.where(y < 0, self.no_label, y))
 
 MAX_WORDS = 64  # of a caption; the rest is cut off
 
@@ -802,38 +806,39 @@ class UNet(nn.Module):
                  patch=1, vocabulary_size=0):
         super().__init__()
         widths = [base_channels * mult for mult in channel_mults]
-        stages = list(enumerate(widths))
+        kinds = [attention if i in attention_stages else "none" for i in range(len(widths))]
         groups = group_count(widths)
         embedding_dim = 4 * base_channels
-        block_args = (embedding_dim, groups, dropout)
-        kinds = [attention if i in attention_stages else "none" for i, _ in stages]
+        text_width = 2 * base_channels if vocabulary_size else 0
+
+        def block(in_channels, out_channels, kind):
+            return ResAttention(
+                in_channels, out_channels, embedding_dim, groups, dropout, kind, text_width)
+
         self.patch = patch
         self.checkpointing = False  # activation checkpointing
         self.embed = TimeLabelEmbedding(base_channels, embedding_dim, num_classes)
         self.text = None
-        text_width = 2 * base_channels if vocabulary_size else 0
         if vocabulary_size:
             self.text = TextEncoder(vocabulary_size, text_width, embedding_dim)
         self.conv_in = nn.Conv2d(image_channels * patch**2, base_channels, 3, padding=1)
         self.down = nn.ModuleList()
-        self.up = nn.ModuleList()
-        channels = base_channels
-        skip_widths = [channels]  # channels of what `forward` puts into skips
-        for i, width in stages:
+        self.up = nn.ModuleList()  # filled last, but before the middle in the order of parameters
+        channels = base_channels   # of the feature map at this point of the network
+        skip_channels = [channels]  # those of the maps that `forward` keeps as skips
+        for i, width in enumerate(widths):
             if i > 0:
                 self.down.append(Downsample(channels))
-                skip_widths.append(channels)
+                skip_channels.append(channels)
             for _ in range(res_blocks):
-                self.down.append(ResAttention(channels, width, *block_args, kinds[i], text_width))
+                self.down.append(block(channels, width, kinds[i]))
                 channels = width
-                skip_widths.append(channels)
-        middle_kind = "none" if attention == "none" else "full"
-        self.middle = ResAttention(channels, channels, *block_args, middle_kind, text_width)
-        self.middle2 = ResBlock(channels, channels, *block_args)
-        for i, width in reversed(stages):
+                skip_channels.append(channels)
+        self.middle = block(channels, channels, "none" if attention == "none" else "full")
+        self.middle2 = ResBlock(channels, channels, embedding_dim, groups, dropout)
+        for i, width in reversed(list(enumerate(widths))):
             for _ in range(res_blocks + 1):
-                in_channels = channels + skip_widths.pop()
-                self.up.append(ResAttention(in_channels, width, *block_args, kinds[i], text_width))
+                self.up.append(block(channels + skip_channels.pop(), width, kinds[i]))
                 channels = width
             if i > 0:
                 self.up.append(Upsample(channels))
@@ -845,7 +850,8 @@ class UNet(nn.Module):
         emb = self.embed(t, y)                              # (N, embedding_dim)
         text = None
         if self.text:
-            text = self.text(torch.full_like(t, -1)[:, None] if y is None else y)
+            words = torch.full_like(t, -1)[:, None] if y is None else y  # (N, L)
+            text = self.text(words)
             emb = emb + text.pooled
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (N, base_channels, H / p, W / p)
         skips = [h]
@@ -1321,12 +1327,16 @@ def torchvision_source(name, root):
 
 def load_images(config, device="cpu"):
     """The images of a Config, decoded, as `Images`. UserError for none, or too many bad ones."""
-    with local_main_process_first():  # it downloads and decodes for its machine
-        source = open_source(config)
-        rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
-        chosen = np.sort(rng.permutation(len(source.names))[: config.max_images])
-        decoded = decode_cached(config, source, chosen)
+    # The first process of a machine downloads and decodes, the others find what it wrote.
+    source, chosen, decoded = local_main_process_first(lambda: decoded_images(config))
     return Images(source, chosen, decoded, config, device)
+
+def decoded_images(config):
+    """The ImageSource of a Config, the numbers of the images chosen from it, and these decoded."""
+    source = open_source(config)
+    rng = np.random.default_rng(derive_seed(config.seed, Stream.SUBSET))
+    chosen = np.sort(rng.permutation(len(source.names))[: config.max_images])
+    return source, chosen, decode_cached(config, source, chosen)
 
 def open_source(config):
     """The ImageSource of --data_path."""
@@ -1535,20 +1545,22 @@ def notes_on_pixels(names, white, coloured, contrast):
 def notes_on_shape(shape, num_images, config):
     """A sentence if nearly all images have one shape that cropping takes much from."""
     ratio, num_alike = shape
-    side = min(image_sides(config.image_size))
-    wanted = f"{round(side * max(1, ratio))}x{round(side * max(1, 1 / ratio))}"
-    kept = {}  # {an --image_size: the fraction of each image that cropping to it keeps}
-    for size in [config.image_size, *nearest_sizes(override(config, image_size=wanted))]:
-        height, width = image_sides(size)
-        kept[size] = min(ratio * height / width, width / height / ratio)
-    now = kept[config.image_size]
-    better = max(kept, key=kept.get)
-    is_worth_it = config.resize == "crop" and kept[better] > now + 0.15
-    if not is_worth_it or num_alike < 0.9 * num_images:
+    if config.resize != "crop" or num_alike < 0.9 * num_images:
+        return []
+
+    def kept(image_size):  # the fraction of an image that cropping to this size keeps
+        height, width = image_sides(image_size)
+        return min(ratio, width / height) / max(ratio, width / height)
+
+    now = config.image_size
+    side = min(image_sides(now))
+    same_shape = f"{round(side * max(1, ratio))}x{round(side * max(1, 1 / ratio))}"
+    best = max([now, *nearest_sizes(override(config, image_size=same_shape))], key=kept)
+    if kept(best) - kept(now) <= 0.15:
         return []
     return [f"note: {num_alike} of {num_images} images are {ratio:.3g} times as wide as high, and "
-            f"cropping to {size_text(config.image_size)} keeps {now:.0%} of each: --image_size "
-            f"{better} keeps {kept[better]:.0%}, --resize pad all"]
+            f"cropping to {size_text(now)} keeps {kept(now):.0%} of each: --image_size {best} "
+            f"keeps {kept(best):.0%}, --resize pad all"]
 
 def split_rows(n, unreadable, config):
     """The readable rows, --holdout of them for validation: (training, validation), sorted."""
@@ -1781,10 +1793,10 @@ def load_model(path, device="cpu", ema=True):
 def find_model(model_path):
     """The model to sample from: model_path, or by default the one that comes with ddpm.py."""
     shipped = HERE / "saved_models" / "animals.pt"
-    if model_path != Config.model_path or Path(model_path).exists() or not shipped.exists():
-        return model_path
-    print(f"There is no {model_path} yet: sampling from the model that comes with ddpm.py.")
-    return str(shipped)
+    if model_path == Config.model_path and not Path(model_path).exists() and shipped.exists():
+        print(f"There is no {model_path} yet: sampling from the model that comes with ddpm.py.")
+        return str(shipped)
+    return model_path
 
 def model_digest(path):
     """A short hash that tells model files apart."""
@@ -1929,15 +1941,16 @@ def start_runtime(config):
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # while one decodes
     return Runtime(device, precision, rank, world_size)
 
-@contextlib.contextmanager
-def local_main_process_first():
-    """What is done in this context one process of each machine does before the others."""
+def local_main_process_first(work):
+    """Call work() in one process of each machine, and then in the others. Returns its result."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if dist.is_initialized() and not is_first:
-        dist.barrier()  # wait here, until the first has come to its barrier below
-    yield
-    if dist.is_initialized() and is_first:
-        dist.barrier()
+    if is_first:
+        result = work()
+    if dist.is_initialized():
+        dist.barrier()  # here the others wait
+    if not is_first:
+        result = work()
+    return result
 
 def leave_processes():
     if dist.is_initialized():
@@ -2058,22 +2071,26 @@ def lock(path, flag, place):
                 path.unlink()
 
 def is_held(file, host):
-    """Whether a living run on `host` has an open lock file. If not, this process locks it. A lock
-    of this machine is gone with its process; of another machine only the file's age tells."""
-    lock_tells = host == platform.node()
+    """Whether a living run has this open lock file, in which it wrote its machine's name, `host`.
+    If not, this process locks it."""
     try:
-        import fcntl  # not on Windows
+        import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        is_locked = True
+    except BlockingIOError:  # another process of this machine has locked it
         return True
-    except (ImportError, OSError):  # nor can all network drives lock
-        lock_tells = False
-    if os.fstat(file.fileno()).st_nlink == 0:  # its run has just ended, and removed it
+    except (ImportError, OSError):  # Windows has no fcntl, and some network drives no locks
+        is_locked = False
+    status = os.fstat(file.fileno())
+    if status.st_nlink == 0:  # removed since it was opened: its run has just ended
         return True
-    if lock_tells or host == "":
+    if host == "":  # the file is new
         return False
-    with tempfile.TemporaryFile(dir=Path(file.name).parent) as new:  # tells the disk's clock
-        age = os.fstat(new.fileno()).st_mtime - os.fstat(file.fileno()).st_mtime
+    if is_locked and host == platform.node():  # its process, ours to see, is gone
+        return False
+    # A lock of another machine may be invisible here, but its run renews the time of the file.
+    with tempfile.TemporaryFile(dir=Path(file.name).parent) as new:  # for the disk's own clock
+        age = os.fstat(new.fileno()).st_mtime - status.st_mtime
     return age < 4 * HEARTBEAT
 
 def renew(path, stop):
@@ -2196,15 +2213,16 @@ class TrainState:
         raise UserError(message)
 
 class LossMeter:
-    """The training loss since the last `read`, in all and by quarter of the timesteps, and the step
-    at which `patience` in a row were not finite (-1: none). It stays on the device until read."""
+    """The training loss since the last `read`, in all and by quarter of the timesteps; and whether
+    the run has failed, as it does when `patience` steps in a row are not finite. All of it stays on
+    the device until read, because each look at it would wait for the device."""
     def __init__(self, T, runtime):
         self.T = T
         self.world_size = runtime.world_size
         self.patience = 50 if runtime.precision == "fp16" else 1  # a scaler overflows at first
         self.sums = torch.zeros(2, 4, device=runtime.device)  # of losses, of images
         self.bad_in_a_row = torch.zeros((), dtype=torch.int64, device=runtime.device)
-        self.first_bad = torch.full((), -1, device=runtime.device)
+        self.failed_step = torch.full((), -1, device=runtime.device)  # -1: not failed
         self.since = time.monotonic()
 
     def add(self, losses, t):
@@ -2213,11 +2231,12 @@ class LossMeter:
         counts = torch.ones_like(losses)
         self.sums.index_add_(1, t * 4 // self.T, torch.stack([losses, counts]))
 
-    def end_step(self, step, check):
-        """Note whether a step was finite: whether `check` is, a scalar tensor."""
-        self.bad_in_a_row = torch.where(torch.isfinite(check), 0, self.bad_in_a_row + 1)
-        too_many = (self.first_bad < 0) & (self.bad_in_a_row >= self.patience)
-        self.first_bad = torch.where(too_many, step, self.first_bad)
+    def end_step(self, step, loss, grad_norm):
+        """Note whether the loss and the gradient of a step, scalar tensors, were finite."""
+        is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        self.bad_in_a_row = torch.where(is_finite, 0, self.bad_in_a_row + 1)
+        has_failed = self.bad_in_a_row == self.patience
+        self.failed_step = torch.where(has_failed, step, self.failed_step)
 
     def read(self):
         """Means over all processes as a dictionary, empty without images; starts anew."""
@@ -2253,19 +2272,21 @@ def resumed_config(given):
     return merged_config(checkpoint, path, given, changeable("resume")), checkpoint
 
 def places_beside(path, stored):
-    """The model_path and samples_dir of a run, resumed from a step checkpoint at this path, whose
-    folder may have been moved, copied or renamed. stored: the settings in the checkpoint."""
-    steps = Path(path).parent
-    if not steps.name.endswith("_steps"):  # no folder of step checkpoints
+    """Where a run writes, resumed from the step checkpoint at this path: its model_path and, if
+    known, samples_dir. They are beside the checkpoint's folder, which may have been moved, copied
+    or renamed since the run. stored: the settings in the checkpoint, with the old places."""
+    folder = Path(path).parent
+    if not folder.name.endswith("_steps"):  # no folder of step checkpoints
         return {}
-    model = Path(stored["model_path"])
-    samples = Path(stored["samples_dir"])
-    name = steps.name.removesuffix("_steps")
-    if name == model.stem:  # as it was called in the first version
-        name = model.name
-    places = dict(model_path=str(steps.with_name(name)))
-    if samples.is_relative_to(model.parent):
-        places["samples_dir"] = str(steps.parent / samples.relative_to(model.parent))
+    old_model = Path(stored["model_path"])
+    old_samples = Path(stored["samples_dir"])
+    new_model = folder.with_name(folder.name.removesuffix("_steps"))
+    if new_model.name == old_model.stem:  # the first version called the folder of a.pt a_steps
+        new_model = folder.with_name(old_model.name)
+    places = dict(model_path=str(new_model))
+    if old_samples.is_relative_to(old_model.parent):  # so they were moved with the model
+        new_samples = new_model.parent / old_samples.relative_to(old_model.parent)
+        places["samples_dir"] = str(new_samples)
     return places
 
 def train_run(config, checkpoint=None):
@@ -2346,9 +2367,9 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             save_due = preview_due or (
                 is_new and (stopped or state.step % config.save_every == 0))
             if save_due or state.step % config.log_every == 0:
-                first_bad = meter.first_bad.item()  # waits for the device
-                if first_bad >= 0:
-                    state.fail_non_finite("loss", first_bad)
+                failed_step = meter.failed_step.item()  # waits for the device
+                if failed_step >= 0:
+                    state.fail_non_finite("loss", failed_step)
                 means = meter.read()
                 if logger and means:
                     logger.log_training(state, means)
@@ -2400,9 +2421,10 @@ def train_step(config, state, diffusion, runtime, meter):
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     update_ema(state.ema_tensors, state.model_tensors, state.step, config.ema_decay)
-    meter.end_step(state.step, state.grad_norm + losses.detach().sum())  # NaN if either is
+    losses = losses.detach()
+    meter.end_step(state.step, losses.sum(), state.grad_norm)
     state.step += 1
-    return x0, losses.detach()
+    return x0, losses
 
 def dry_run(config, state, diffusion, runtime):
     """One training step that writes nothing, and what it took."""
@@ -2592,27 +2614,33 @@ def read_metrics(path):
             rows.append({renamed.get(key, key): value for key, value in row.items()})
     return lines[0], rows
 
+def rows_of_run(path, config):
+    """The rows in a metrics.jsonl of the run that a Config resumes; None if it is of another."""
+    with contextlib.suppress(UserError, OSError, KeyError):  # it may be damaged, or gone
+        head, rows = read_metrics(path)
+        if model_from_samples(head["config"]) == model_from_samples(vars(config)):
+            return rows
+    return None
+
 def model_from_samples(settings):
     """Where a run's model is as seen from its samples: the same after the run was moved."""
-    with contextlib.suppress(KeyError, ValueError):  # damaged, or on two drives of Windows
+    try:
         return os.path.relpath(settings["model_path"], settings["samples_dir"])
+    except ValueError:  # they are on two drives of Windows
+        return settings["model_path"]
 
 class MetricsLogger:
     """metrics.jsonl, the image grids of a run, and --logger. files: all that the run wrote."""
     def __init__(self, config, data, step):
-        """step: from which a run goes on. What is there of other runs is set aside."""
+        """step: from which the run resumes, or 0. What is there of another run is set aside."""
         self.config = config
         self.folder = Path(config.samples_dir)
         self.path = self.folder / "metrics.jsonl"
-        self.rows = []
-        head = dict(config={})
-        rows = []
-        with contextlib.suppress(UserError, OSError):  # it may be damaged, or gone
-            head, rows = read_metrics(self.path)
-        if step and model_from_samples(head["config"]) == model_from_samples(vars(config)):
-            self.rows = [row for row in rows if row["step"] <= step]
-        else:
+        earlier = rows_of_run(self.path, config) if step else None
+        if earlier is None:
             set_aside_samples(self.folder)
+            earlier = []
+        self.rows = [row for row in earlier if row["step"] <= step]
         self.tracker = None  # TensorBoard's, which hides what was logged after this step
         if config.logger != "none":
             from torch.utils.tensorboard import SummaryWriter
@@ -3176,9 +3204,10 @@ def plot_loss(rows, path):
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         ax.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
-        subs = (1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7)  # labels that do not touch
-        ax.yaxis.set(major_locator=LogLocator(subs=subs), major_formatter="{x:g}",
-                     minor_formatter="")
+        digits = (1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7)  # more where there is room
+        ax.yaxis.set_major_locator(LogLocator(subs=digits))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()  # their labels would touch
         ax.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)
     return save_figure(figure, path)
 
@@ -3256,7 +3285,7 @@ class Parser(argparse.ArgumentParser):
             meaning += f" (default: {default})"
         metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kinds[0]]
         special = dict(
-            image_size=dict(type=simplest_size, metavar="SIZE"), classes=dict(metavar="NAME"),
+            image_size=dict(type=square_as_number, metavar="SIZE"), classes=dict(metavar="NAME"),
             prompt=dict(metavar="TEXT"), resume=dict(nargs="?", const="latest"))
         options = dict(type=kinds[0], choices=choices, metavar=metavar)
         if is_tuple:

@@ -1083,6 +1083,17 @@ def fail_from_step(monkeypatch, number, value):
     monkeypatch.setattr(ddpm.Diffusion, "loss", loss)
 
 
+@pytest.mark.parametrize("precision, patience", [("fp32", 1), ("fp16", 50)])
+def test_a_run_fails_after_so_many_steps_in_a_row_that_are_not_finite(precision, patience):
+    meter = ddpm.LossMeter(1000, ddpm.Runtime(torch.device("cpu"), precision, 0, 1))
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    steps = [*[(good, bad)] * (patience - 1), (good, good), *[(bad, good)] * patience, (bad, bad)]
+    for step, (loss, grad_norm) in enumerate(steps):
+        assert meter.failed_step.item() == (-1 if step < len(steps) - 1 else step - 1)
+        meter.end_step(step, loss, grad_norm)
+    assert meter.failed_step.item() == len(steps) - 2, "the step at which it failed, not the last"
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 @pytest.mark.parametrize("log_every", ("1", "100"))
