@@ -95,8 +95,9 @@ def short_hash(text):
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
 
 def evenly_spaced(items, n):
-    """Up to n elements of an array, evenly spaced from the first to the last."""
-    return items[np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)]
+    """Up to n of the items of a list or an array, evenly spaced from the first to the last."""
+    places = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
+    return items[places] if isinstance(items, np.ndarray) else [items[i] for i in places]
 
 # What a seed is derived for, as the second number of `derive_seed`.
 Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
@@ -332,20 +333,21 @@ def check_value(name, value, field):
         values = value
     if name == "image_size":
         values = image_sides(value)
-    types = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of int | None
-    if float in types:
-        types = (int, *types)
-    low, high = field.metadata["low"], field.metadata["high"]
+    allowed = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of int | None
+    if float in allowed:
+        allowed = (int, *allowed)
+    low = field.metadata["low"]
+    high = field.metadata["high"]
     for v in values:
-        require(type(v) in types and "\0" not in str(v), wrong_type)  # no file name may have \0
+        require(type(v) in allowed and "\0" not in str(v), wrong_type)  # no file name may have \0
         if low is not None and v is not None:
             require(low <= v <= high, f"--{name} {v} is out of range: give {low} to {high}.")
 
 def check_diffusion(config):
-    T, start, end = config.timesteps, config.beta_start, config.beta_end
-    require(config.schedule != "cosine" or not (start or end),
+    require(config.schedule != "cosine" or not (config.beta_start or config.beta_end),
             "--schedule cosine has no --beta_start and --beta_end: leave them out.")
-    first, last = beta_range(T, start, end)
+    T = config.timesteps
+    first, last = beta_range(T, config.beta_start, config.beta_end)
     require(first <= last,
             f"--beta_start {first:g} is above --beta_end {last:g}: noise has to grow.")
     require(make_diffusion(config).abar_T > 1e-60,
@@ -353,8 +355,9 @@ def check_diffusion(config):
             "a smaller --beta_start and --beta_end.")
 
 def check_sampling(config):
-    T, steps = config.timesteps, config.sampling_steps
-    require(steps <= T, f"--sampling_steps {steps} is more than --timesteps {T}.")
+    steps = config.sampling_steps
+    require(steps <= config.timesteps,
+            f"--sampling_steps {steps} is more than --timesteps {config.timesteps}.")
     require(config.init_image or not (config.mask or config.strength),
             "--mask and --strength need --init_image FILE.")
     require(config.interpolate is None or not config.init_image,
@@ -410,7 +413,8 @@ def nearest_sizes(config):
     stride = total_stride(config)
     limits = FIELDS["image_size"].metadata
     possible = range(limits["low"], limits["high"] + 1)
-    fitting = [side for side in possible if padded(side) % stride == 0]
+    multiples = [side for side in possible if side % stride == 0]
+    fitting = [side for side in multiples if padded(side) % stride == 0]  # 28 gets a border
     if not fitting:
         return []
     sides = image_sides(config.image_size)
@@ -1129,13 +1133,10 @@ def list_images(root):
     cannot be read: folders and links."""
     files = []
     others = []
-    unread = []
+    dead_links = []
+    errors = []  # of folders that cannot be read
     visited = set()
-
-    def note(error):
-        unread.append(f"{error.filename} ({error.strerror})")
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=note):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=errors.append):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads round in a circle
             subfolders.clear()
@@ -1149,12 +1150,13 @@ def list_images(root):
             elif os.path.exists(path):
                 others.append(path)
             else:
-                unread.append(f"{path} (a link to nowhere)")
-    return files, others, unread
+                dead_links.append(f"{path} (a link to nowhere)")
+    unread = [f"{error.filename} ({error.strerror})" for error in errors]
+    return files, others, unread + dead_links
 
 def advice_on(suffixes):
     """What to do with files of these suffixes, which are no images: a part of a sentence, or ""."""
-    advice = [what for what, of in ADVICE.items() if suffixes & set(of.split())]
+    advice = [what for what, known in ADVICE.items() if suffixes & set(known.split())]
     return f" ({'; '.join(advice)})" if advice else ""
 
 def list_suffixes(paths):
@@ -1405,7 +1407,7 @@ def decode_all(source, chosen, config, path):
     Both get their names once whole: a crash or a second process cannot leave a wrong one."""
     coloured, white = look_at_all(source, chosen)
     channels = 3 if coloured.any() else 1
-    shape = (len(chosen), channels, *padded_sides(config.image_size))
+    size = padded_sides(config.image_size)
     contrast = np.full(len(chosen), 255)  # of each image, the largest difference of two pixels
     ratios = np.ones(len(chosen))         # its width / height
 
@@ -1419,13 +1421,14 @@ def decode_all(source, chosen, config, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        pixels = new_pixel_file(partial, shape)
+        pixels = new_pixel_file(partial, (len(chosen), channels, *size))
         errors = for_each_row(decode_row, range(len(chosen)), "decoding")
         pixels.flush()
         names = [source.names[i] for i in chosen]
         notes = notes_on_pixels(names, white, coloured, contrast)
-        ratio = np.median(ratios)
-        shape = (ratio, int(np.sum(abs(ratios / ratio - 1) < 0.05)))
+        median = np.median(ratios)
+        num_alike = int(np.sum(abs(ratios / median - 1) < 0.05))
+        shape = (median, num_alike)
         about = json.dumps(dict(unreadable=errors, white=white, shape=shape, notes=notes))
         atomic_write(path.with_suffix(".json"), lambda f: f.write(about.encode()))
         os.replace(partial, path)
@@ -1477,7 +1480,7 @@ class Images:
         if self.vocabulary:
             self.labels = torch.tensor(encode(self.captions, self.vocabulary))
         different = list(dict.fromkeys(text[:300] for text in in_training if text))
-        self.examples = evenly_spaced(np.array(different, dtype=object), 8).tolist()
+        self.examples = evenly_spaced(different, 8)
         self.pixels = torch.from_numpy(decoded.pixels)
         if torch.device(device).type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(device)
@@ -1690,8 +1693,8 @@ def read_checkpoint(path):
     except Exception as e:  # bad bytes can raise anything
         raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors "
                         f"and plain values ({type(e).__name__}). Use another checkpoint.") from None
-    types = dict(format=int, config=dict, weights=dict, classes=list, channels=int)
-    require(isinstance(checkpoint, dict) and has_types(checkpoint, types),
+    needed = dict(format=int, config=dict, weights=dict, classes=list, channels=int)
+    require(isinstance(checkpoint, dict) and has_types(checkpoint, needed),
             f"{path} is not a checkpoint of ddpm.py: format number, configuration or weights are "
             "missing. Give one that --mode train wrote.")
     require(checkpoint["format"] == FORMAT, f"{path} has format {checkpoint['format']}, and this "
@@ -1699,7 +1702,7 @@ def read_checkpoint(path):
     # Older files lack these; 65535 was white in all images of more than 8 bits.
     checkpoint = dict(vocabulary=[], examples=[], white=65535) | checkpoint
     check_contents(checkpoint, path)
-    if isinstance(checkpoint.get("data"), str):  # and they word the fingerprint differently
+    if isinstance(checkpoint.get("data"), str):  # which older files word differently
         data = checkpoint["data"].replace(" pictures,", " images,")
         checkpoint["data"] = data.replace(" bad,", " unreadable,")
     return checkpoint
@@ -1737,8 +1740,7 @@ def stored_config(checkpoint, path):
     try:
         check(config)
     except UserError as e:
-        message = f"{path} has a configuration that cannot be ({e}) Use another."
-        raise UserError(message) from None
+        raise UserError(f"{path} has a configuration that cannot be ({e}) Use another.") from None
     return config
 
 def merged_config(checkpoint, path, given, changes):
@@ -1769,8 +1771,7 @@ def load_weights(model, state_dict, path):
         model.load_state_dict(plain)
     except RuntimeError as e:
         detail = str(e).splitlines()[1].strip()
-        message = f"{path} does not fit its own network: {detail} Use another."
-        raise UserError(message) from None
+        raise UserError(f"{path} does not fit its own network: {detail} Use another.") from None
 
 def model_from_checkpoint(checkpoint, path, ema=True):
     """The network in a checkpoint, in eval mode on the CPU; with the EMA weights if ema and any."""
@@ -1851,6 +1852,9 @@ def set_aside_model(model_path):
     set_aside(Path(model_path))
     set_aside(step_folder(model_path))
 
+RUN_FILES = ("metrics.jsonl", "loss_graph.png", "dataset_grid.png", "schedules.png",
+             "forward_process.png", "*_epoch*.png", "tensorboard")
+
 def set_aside_samples(folder):
     """Move what an earlier run wrote to --samples_dir, if any, into a folder in it."""
     if not (folder / "metrics.jsonl").exists():
@@ -1861,9 +1865,6 @@ def set_aside_samples(folder):
         for path in folder.glob(pattern):
             path.rename(kept / path.name)
     print(f"kept      the earlier run's metrics and images, in {kept}")
-
-RUN_FILES = ("metrics.jsonl", "loss_graph.png", "dataset_grid.png", "schedules.png",
-             "forward_process.png", "*_epoch*.png", "tensorboard")
 
 def free_path(path):
     """The path, or the first of path2, path3 and so on that does not exist."""
@@ -2196,8 +2197,8 @@ class TrainState:
             if checkpoint["scaler"] and self.scaler.is_enabled():  # or --precision was changed
                 self.scaler.load_state_dict(checkpoint["scaler"])
         except Exception as e:  # they do not check what they are given
-            message = f"{path} has no state of this optimiser ({printable(e)}): use another."
-            raise UserError(message) from None
+            raise UserError(
+                f"{path} has no state of this optimiser ({printable(e)}): use another.") from None
         self.step = checkpoint["step"]
         self.seconds_before = checkpoint["seconds"]
 
@@ -2255,17 +2256,16 @@ class LossMeter:
 def train(config):
     """Train and write model, checkpoints and images. Returns the model's path. UserError for what
     the user can fix; SystemExit 130 or 143 after a clean stop by Ctrl-C or SIGTERM."""
-    check(config)
-    if config.resume is None:
-        return train_run(config)
-    config, checkpoint = resumed_config(dataclasses.asdict(config))
+    checkpoint = None
+    if config.resume is not None:
+        config, checkpoint = resumed_config(dataclasses.asdict(config))
     return train_run(config, checkpoint)
 
 def resumed_config(given):
     """What --resume means, with the settings `given`: the Config and the checkpoint of the run."""
     path, checkpoint = find_resume(override(Config(), **given))
-    types = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
-    require(has_types(checkpoint, types), f"{path} is a model to sample from, not all that is "
+    needed = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
+    require(has_types(checkpoint, needed), f"{path} is a model to sample from, not all that is "
             f"needed to resume a run: give --resume one of {step_folder(path)}, or start a new run "
             f"with --init_from {path}.")
     given = places_beside(path, checkpoint["config"]) | given | dict(resume=str(path))
@@ -2364,8 +2364,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             stopped = stop_signal > 0
             is_new = state.step > start_step  # what a run starts from is saved and shown already
             preview_due = finished or (is_new and state.step % config.sample_every == 0)
-            save_due = preview_due or (
-                is_new and (stopped or state.step % config.save_every == 0))
+            save_due = preview_due or (is_new and (stopped or state.step % config.save_every == 0))
             if save_due or state.step % config.log_every == 0:
                 failed_step = meter.failed_step.item()  # waits for the device
                 if failed_step >= 0:
@@ -2479,8 +2478,8 @@ def describe_labels(images):
     """The line of the banner about captions, or about classes and their images for training."""
     if images.vocabulary:
         n = sum(map(bool, images.captions))
-        cut = sum(len(split_words(text)) > MAX_WORDS for text in images.captions)
-        cut = f", {cut} cut at {MAX_WORDS} words" if cut else ""
+        num_cut = sum(len(split_words(text)) > MAX_WORDS for text in images.captions)
+        cut = f", {num_cut} cut at {MAX_WORDS} words" if num_cut else ""
         examples = "; ".join(map(printable, images.examples[::3]))
         return (f"captions  {n} of {len(images.captions)} images have one{cut}; "
                 f"{len(images.vocabulary)} different words; such as: {examples}")
@@ -2759,15 +2758,16 @@ def check_words(prompts, vocabulary):
     for word in split_words(" ".join(prompts)):
         if word not in vocabulary:
             nearest = difflib.get_close_matches(word, vocabulary, 3)
-            nearest = nearest or evenly_spaced(np.array(vocabulary), 20)
+            nearest = nearest or evenly_spaced(vocabulary, 20)
             raise UserError(f"--prompt: the model has never read {word!r}. Give other words, such "
                             f"as {', '.join(nearest)}, of the {len(vocabulary)} that it knows.")
 
 def class_labels(classes, class_names):
     """The numbers of the classes named, as in "lion,tiger", or of all; [-1] if there are none."""
     names = split_classes(classes, class_names) if classes else class_names
-    known = ", ".join(class_names)
-    known = f"its classes are {known}" if known else "it was trained without classes"
+    known = "it was trained without classes"
+    if class_names:
+        known = f"its classes are {', '.join(class_names)}"
     for name in names:
         require(name in class_names,
                 f"--classes {classes}: the model has no class {name!r}; {known}.")
@@ -2824,9 +2824,7 @@ def generate(model, diffusion, config, indices, labels, precision="fp32", image=
 
 def inpaint(denoise, image, mask):
     """A denoiser whose x0 is the image where the mask is 0, so that all steps agree with it."""
-    def denoise_masked(x, t):
-        return mask * denoise(x, t) + (1 - mask) * image
-    return denoise_masked
+    return lambda x, t: mask * denoise(x, t) + (1 - mask) * image
 
 def slerp(a, b, fraction):
     """Points (n, C, H, W) on the great circle from noise a to noise b, (1, C, H, W) each, at each
@@ -2936,8 +2934,8 @@ class Frames:
     def __init__(self, config, ts, bar):
         self.bar = bar
         self.size = config.image_size
-        chosen = evenly_spaced(np.array([*pairwise(ts)]), 60 if config.gif else 9)
-        self.next_level = dict(chosen.tolist())  # {t: the level that the step from t reaches}
+        chosen = evenly_spaced(list(pairwise(ts)), 60 if config.gif else 9)
+        self.next_level = dict(chosen)  # {t: the level that the step from t reaches}
         self.shown = []
 
     def on_step(self, start, t, x):
@@ -2953,8 +2951,8 @@ def image_path(config, i):
 def images_to_sample(config, mine, texts):
     """The numbers in `mine` but those of images that --individual has of this sampling, if it was
     stopped. The first batch is always sampled, to show its steps. texts: of each image's file."""
-    is_known_by_text = config.interpolate is None and config.init_image is None
-    if not config.individual or not is_known_by_text:
+    text_tells_all = config.interpolate is None and config.init_image is None
+    if not config.individual or not text_tells_all:
         return mine
     todo = [i for i in mine if i < config.sample_batch_size
             or not is_from(image_path(config, i), texts[i])]
@@ -3027,7 +3025,7 @@ def write_samples(config, pixels, frames, model, names, text):
 
 def grid_columns(n, class_names):
     """Columns for n images: one or more a class if that fits, else about square."""
-    side = max(1, math.ceil(math.sqrt(n)))
+    side = math.ceil(math.sqrt(n))
     if 2 <= len(class_names) <= min(n, 12):
         return max(1, side // len(class_names)) * len(class_names)
     return side
@@ -3079,7 +3077,7 @@ def save_samples(pixels, names, model, path, text=None):
 
 def save_gif(frames, path):
     """Write up to 60 of the frames, (n, C, H, W) uint8 each, as an animation. Returns the path."""
-    chosen = [frames[i] for i in evenly_spaced(np.arange(len(frames)), 60)]
+    chosen = evenly_spaced(frames, 60)
     rows = [torchvision.utils.make_grid(frame, len(frame), pad_value=255) for frame in chosen]
     first, *others = to_images(torch.stack(rows))
     milliseconds = [80] * len(others) + [2000]  # it rests on the last frame
@@ -3148,11 +3146,9 @@ def plot_schedules(config, path):
     return save_figure(figure, path)
 
 def plot_forward_process(x0, config, path):
-    """One image (1, C, H, W), clean and noised at t = 100, 300, ..., T-1; at six if T < 500."""
+    """One image (1, C, H, W), clean and noised at six timesteps: 100, 300, ..., 999 of 1000."""
     T = config.timesteps
-    ts = [*range(100, T - 1, 200), T - 1]
-    if T < 500:
-        ts = [round(T * k / 6) for k in range(1, 6)] + [T - 1]
+    ts = [T * tenths // 10 for tenths in (1, 3, 5, 7, 9)] + [T - 1]
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(config.seed))
     noised = make_diffusion(config).q_sample(x0, torch.tensor(ts), eps)
     row = crop(to_pixels(torch.cat([x0, noised])), config.image_size)
@@ -3160,7 +3156,7 @@ def plot_forward_process(x0, config, path):
 
 def plot_trajectory(frames, names, path, text=None):
     """The reverse process of five images. frames: (noise level t, or -1; uint8 (n, C, H, W))."""
-    chosen = [frames[i] for i in evenly_spaced(np.arange(len(frames)), 9)]
+    chosen = evenly_spaced(frames, 9)
     titles = [f"t = {t}" if t >= 0 else "result" for t, _ in chosen]
     columns = torch.stack([images[:5] for _, images in chosen], dim=1)  # (n, columns, C, H, W)
     rows = {f"{axis_label(name)} {i}": row for i, (name, row) in enumerate(zip(names, columns), 1)}
@@ -3204,8 +3200,7 @@ def plot_loss(rows, path):
         ax.set_yscale("log")
         low, high = ax.get_ylim()
         ax.set_ylim(low, high * (high / low) ** 0.25)  # room for the legend
-        digits = (1, 2, 5) if high > 100 * low else (1, 2, 3, 5, 7)  # more where there is room
-        ax.yaxis.set_major_locator(LogLocator(subs=digits))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()  # their labels would touch
         ax.legend(fontsize=8, frameon=False, loc="upper right", ncols=2)

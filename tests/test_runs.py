@@ -240,6 +240,16 @@ def test_two_models_that_share_a_samples_dir_are_not_mixed(train):
     assert [row["step"] for row in rows] == [1, 2, 3], "of b.pt, whole"
 
 
+def test_a_resumed_run_knows_its_samples_on_another_drive_of_windows(train, monkeypatch):
+    def relpath(path, start):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr(ddpm.os.path, "relpath", relpath)
+    assert train("--steps 2") == 0
+    assert train("--resume --steps 3 --model_path run/model.pt") == 0
+    assert [row["step"] for row in metrics("run/samples")[1]] == [1, 2, 3]
+
+
 def test_a_damaged_metrics_file_is_kept(train):
     assert train() == 0
     Path("run/samples/metrics.jsonl").write_text("not mine to overwrite")

@@ -99,7 +99,7 @@ def test_one_number_is_a_square_however_it_is_written():
         ("--image_size 60x60", "--image_size 60 must be divisible by 16: use 48 or 64"),
         ("--image_size 1020x64 --patch 3", "divisible by 24: use 1008x48"),
         ("--image_size 1020x20 --patch 3", "divisible by 24: use 1008x24."),
-        ("--image_size 30", "divisible by 16: use 28 or 32"),  # 28 gets a border
+        ("--image_size 30 --patch 7 --channel_mults 1 2", "divisible by 14: use 14 or 42"),
         ("--image_size 64 --patch 16 --channel_mults 1 1 1 1 1 1 1 1", "use fewer --channel_mults"),
         ("--image_size 64x4", "--image_size 4 is out of range: give 8 to 1024"),
         ("--image_size 2048x64", "--image_size 2048 is out of range: give 8 to 1024"),
