@@ -355,9 +355,8 @@ def check_diffusion(config):
             "a smaller --beta_start and --beta_end.")
 
 def check_sampling(config):
-    steps = config.sampling_steps
-    require(steps <= config.timesteps,
-            f"--sampling_steps {steps} is more than --timesteps {config.timesteps}.")
+    require(config.sampling_steps <= config.timesteps, f"--sampling_steps "
+            f"{config.sampling_steps} is more than --timesteps {config.timesteps}.")
     require(config.init_image or not (config.mask or config.strength),
             "--mask and --strength need --init_image FILE.")
     require(config.interpolate is None or not config.init_image,
@@ -510,8 +509,7 @@ class Diffusion:
         return out
 
     def loss(self, model, x0, t, eps, y=None):
-        """Loss per image, (N,) float32: with l2, eps and no weight Ho et al. 2020, eq. 14. y: the
-        labels, as networks take them."""
+        """Loss per image, (N,) float32: with l2, eps and no weight Ho et al. 2020, eq. 14."""
         a, s = self.scales(t)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.predict]
         out = model(self.q_sample(x0, t, eps), t, y).float()  # (N, C, H, W)
@@ -538,11 +536,6 @@ class Diffusion:
         eps = (xt - math.sqrt(abar_t) * x0) / math.sqrt(1 - abar_t)  # the noise that x0 implies
         mean = math.sqrt(abar_u) * x0 + math.sqrt(max(1 - abar_u - std**2, 0)) * eps
         return mean, std
-
-    def step(self, xt, x0, t, u, eta=0.0, noise=None):
-        """x_u (Song et al. 2021, eq. 12): DDPM at eta = 1, DDIM at 0; without noise the mean."""
-        mean, std = self.posterior(xt, x0, t, u, eta)
-        return mean if noise is None else mean + std * noise
 
 def make_diffusion(config, device="cpu"):
     betas = make_betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
@@ -651,10 +644,8 @@ class TimeLabelEmbedding(nn.Module):
         self.num_frequencies = base_channels // 2
         self.mlp = nn.Sequential(nn.Linear(base_channels, embedding_dim), nn.SiLU(),
                                  nn.Linear(embedding_dim, embedding_dim))
-        self.labels = None
-        if num_classes:
-            self.labels = nn.Embedding(num_classes + 1, embedding_dim)
-            self.no_label = num_classes  # the last row
+        self.no_label = num_classes  # the last row of the table
+        self.labels = nn.Embedding(num_classes + 1, embedding_dim) if num_classes else None
 
     def forward(self, t, y):
         fractions = torch.arange(self.num_frequencies, device=t.device) / (self.num_frequencies - 1)
@@ -761,14 +752,13 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + h
 
 class ResAttention(nn.Module):
-    """A residual block, followed by attention unless its kind is "none"."""
-    def __init__(self, in_channels, out_channels, embedding_dim, groups, dropout, attention,
-                 text_width):
+    """A residual block, followed by attention of this kind, unless it is "none"."""
+    def __init__(self, in_channels, out_channels, embedding_dim, groups, dropout, kind, text_width):
         super().__init__()
         self.res = ResBlock(in_channels, out_channels, embedding_dim, groups, dropout)
         self.attention = None
-        if attention != "none":
-            self.attention = Attention(out_channels, groups, attention, text_width)
+        if kind != "none":
+            self.attention = Attention(out_channels, groups, kind, text_width)
 
     def forward(self, x, emb, text):
         h = self.res(x, emb)
@@ -784,8 +774,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2 and a 3x3 convolution, as one transposed convolution: the
-    3x3 weights that meet the same input pixel are summed. It takes 4/9 of the multiply-adds."""
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: in 4/9 of its multiply-adds."""
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -801,10 +790,9 @@ class Upsample(nn.Module):
 
 class UNet(nn.Module):
     """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. attention: "full",
-    "linear" or "none". attention_stages: the stages that have it, from 0, the largest. The middle
-    has full attention, unless attention is "none". num_classes, vocabulary_size: 0 for none. patch:
-    side of the squares that become channels (pixel unshuffle). Sides of images: multiples of
-    patch * 2^(stages - 1)."""
+    "linear" or "none", in attention_stages (0: of the largest maps); the middle has full attention
+    or none. num_classes, vocabulary_size: 0 for none. patch: side of the squares that become
+    channels (pixel unshuffle). Sides of images: multiples of patch * 2^(stages - 1)."""
     def __init__(self, image_channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
                  res_blocks=2, attention="full", attention_stages=(1,), dropout=0.0, num_classes=0,
                  patch=1, vocabulary_size=0):
@@ -815,9 +803,8 @@ class UNet(nn.Module):
         embedding_dim = 4 * base_channels
         text_width = 2 * base_channels if vocabulary_size else 0
 
-        def block(in_channels, out_channels, kind):
-            return ResAttention(
-                in_channels, out_channels, embedding_dim, groups, dropout, kind, text_width)
+        def block(c_in, c_out, kind):
+            return ResAttention(c_in, c_out, embedding_dim, groups, dropout, kind, text_width)
 
         self.patch = patch
         self.checkpointing = False  # activation checkpointing
@@ -892,8 +879,7 @@ def zero(layer):
     return layer
 
 def init_weights(network):
-    """Xavier, as in the paper's code, but for the layers of `zero`. PyTorch's own is smaller and
-    learns slower."""
+    """Xavier, as in the paper's code, but for the layers of `zero`. PyTorch's own learns slower."""
     qkv_layers = {module.qkv for module in network.modules() if isinstance(module, Attention)}
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not hasattr(layer, "starts_at_zero"):
@@ -1129,8 +1115,7 @@ def image_suffixes():
     return {suffix for suffix, kind in registered.items() if kind in kinds} | {".mpo"}  # as JPEG
 
 def list_images(root):
-    """The image files below a folder, all others but hidden ones, sorted in each folder, and what
-    cannot be read: folders and links."""
+    """Below a folder: the image files, all others but hidden ones, and what cannot be read."""
     files = []
     others = []
     dead_links = []
@@ -1251,8 +1236,7 @@ def encode(captions, vocabulary):
     return [row + [-1] * (length - len(row)) for row in rows]
 
 def folder_source(root, with_captions=True):
-    """The image files below a folder. They have captions or, where there are none, classes: the
-    first sub-folder on the path to a file."""
+    """The images below a folder, with captions or else classes, the first sub-folder of each."""
     check_folder(root)
     files, others, problems = list_images(root)
     unread = f" Cannot be read: {', '.join(problems[:8])}." if problems else ""
@@ -1283,8 +1267,7 @@ def folder_source(root, with_captions=True):
     return ImageSource(names, labels, class_names, key, open_file, notes, texts)
 
 def notes_on_folders(root, parts):
-    """A note about sub-folders that may be no classes. parts: of the paths of all images. UserError
-    for those that are splits of one data set."""
+    """A note if sub-folders may be no classes; UserError for splits. parts: of all paths."""
     tops = {p[0] for p in parts if len(p) > 1}
     training = [str(root / name) for name in tops if name.lower() in ("train", "training")]
     are_splits = training and len(tops) > 1 and {name.lower() for name in tops} <= SPLITS
@@ -1329,7 +1312,6 @@ def torchvision_source(name, root):
 
 def load_images(config, device="cpu"):
     """The images of a Config, decoded, as `Images`. UserError for none, or too many bad ones."""
-    # The first process of a machine downloads and decodes, the others find what it wrote.
     source, chosen, decoded = local_main_process_first(lambda: decoded_images(config))
     return Images(source, chosen, decoded, config, device)
 
@@ -1387,8 +1369,7 @@ def read_cache(path):
     return Decoded(pixels, **about)
 
 def look_at_all(source, chosen):
-    """Which of the chosen images are in colour (N,), and what is white in those of more than 8
-    bits: one value for all, None without any."""
+    """Which chosen images are in colour (N,), and one white for all those of more than 8 bits."""
     coloured = np.zeros(len(chosen), dtype=bool)
     largest = np.zeros(len(chosen))
 
@@ -1833,9 +1814,9 @@ def find_resume(config):
         except UserError as e:
             print(printable(f"warning: {e} Trying the one before."), file=sys.stderr)
             continue
-        is_own = folder == step_folder(config.model_path)
-        model_path = Path(checkpoint["config"]["model_path"])
-        if is_own or model_path.name == Path(config.model_path).name:
+        may_be_shared = folder != step_folder(config.model_path)
+        written_for = Path(checkpoint["config"]["model_path"]).name
+        if not may_be_shared or written_for == Path(config.model_path).name:
             return str(path), checkpoint
     raise UserError(f"Nothing to resume in {step_folder(config.model_path)}: leave out --resume to "
                     "start a run.")
@@ -1943,7 +1924,7 @@ def start_runtime(config):
     return Runtime(device, precision, rank, world_size)
 
 def local_main_process_first(work):
-    """Call work() in one process of each machine, and then in the others. Returns its result."""
+    """work(), in one process of each machine before the others, which then find what it wrote."""
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     if is_first:
         result = work()
@@ -2072,8 +2053,7 @@ def lock(path, flag, place):
                 path.unlink()
 
 def is_held(file, host):
-    """Whether a living run has this open lock file, in which it wrote its machine's name, `host`.
-    If not, this process locks it."""
+    """Whether a living run, on the machine `host`, has this open lock file. If not, lock it."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2101,8 +2081,7 @@ def renew(path, stop):
             os.utime(path)
 
 def agree(runtime, stop_signal, progress):
-    """(stop_signal, progress), the same in all processes: any may ask to stop, and the progress is
-    that of rank 0, whose clock counts with --minutes."""
+    """(stop_signal, progress) for all processes: any may ask to stop, and rank 0's clock counts."""
     if runtime.world_size == 1:
         return stop_signal, progress
     if not runtime.is_main:
@@ -2285,8 +2264,7 @@ def places_beside(path, stored):
         new_model = folder.with_name(old_model.name)
     places = dict(model_path=str(new_model))
     if old_samples.is_relative_to(old_model.parent):  # so they were moved with the model
-        new_samples = new_model.parent / old_samples.relative_to(old_model.parent)
-        places["samples_dir"] = str(new_samples)
+        places["samples_dir"] = str(new_model.parent / old_samples.relative_to(old_model.parent))
     return places
 
 def train_run(config, checkpoint=None):
@@ -2420,10 +2398,9 @@ def train_step(config, state, diffusion, runtime, meter):
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     update_ema(state.ema_tensors, state.model_tensors, state.step, config.ema_decay)
-    losses = losses.detach()
     meter.end_step(state.step, losses.sum(), state.grad_norm)
     state.step += 1
-    return x0, losses
+    return x0, losses.detach()
 
 def dry_run(config, state, diffusion, runtime):
     """One training step that writes nothing, and what it took."""
@@ -2548,14 +2525,9 @@ def close_run(config, runtime, logger, stop_signal):
     print(f"memory    at most {peak_memory(runtime.device)} MB were in use")
     print_files([file for file in logger.files if Path(file).exists()])  # old checkpoints are gone
 
-@dataclasses.dataclass
-class Preview:
-    """What the EMA weights can do at some step: images uint8 (n, C, H, W) on the CPU."""
-    timesteps: list
-    rows: dict  # {"clean", "noisy", "pred": images}, at these timesteps
-    generated: torch.Tensor
-    names: list  # of the classes or captions in `generated`
-    validation_loss: float | None
+# What the EMA weights can do at some step. rows: {"clean", "noisy", "pred": images}, at these
+# timesteps; generated: samples; names: their classes or captions. Images: uint8 (n, C, H, W).
+Preview = namedtuple("Preview", "timesteps rows generated names validation_loss")
 
 class Previewer:
     """Makes previews of the same images, timesteps and noise each time, so that grids compare."""
@@ -2623,10 +2595,9 @@ def rows_of_run(path, config):
 
 def model_from_samples(settings):
     """Where a run's model is as seen from its samples: the same after the run was moved."""
-    try:
+    with contextlib.suppress(ValueError):  # if they are on two drives of Windows
         return os.path.relpath(settings["model_path"], settings["samples_dir"])
-    except ValueError:  # they are on two drives of Windows
-        return settings["model_path"]
+    return settings["model_path"]
 
 class MetricsLogger:
     """metrics.jsonl, the image grids of a run, and --logger. files: all that the run wrote."""
@@ -2703,8 +2674,7 @@ class MetricsLogger:
             warn_of_failure(f"--logger {self.config.logger}", e)
 
 def start_logger(config):
-    """Make --logger ready: Weights & Biases gets all that is written for TensorBoard. UserError for
-    a missing package or login."""
+    """Make --logger ready, or UserError: wandb gets all that is written for TensorBoard."""
     if config.logger == "none":
         return
     Path(config.samples_dir).mkdir(parents=True, exist_ok=True)
@@ -2929,8 +2899,7 @@ def sample_run(config, checkpoint, max_kept=math.inf):
 
 class Frames:
     """What a sampling shows of its steps: a progress bar and, of the first eight images, frames at
-    up to 9 timesteps, and 60 for an animation. shown: (level, uint8 (n, C, H, W)), on the device,
-    or each step would wait."""
+    up to 9 timesteps, or 60 for --gif. shown: (level, uint8 (n, C, H, W)), still on the device."""
     def __init__(self, config, ts, bar):
         self.bar = bar
         self.size = config.image_size
@@ -3067,7 +3036,8 @@ def save_samples(pixels, names, model, path, text=None):
     columns = math.ceil(len(pixels) / len(rows))
     page = Image.new("RGB", (200 + columns * width, len(rows) * height), "white")
     for i, image in enumerate(to_images(pixels)):
-        page.paste(image, (200 + i // len(rows) * width, i % len(rows) * height))
+        column, row = divmod(i, len(rows))
+        page.paste(image, (200 + column * width, row * height))
     draw = ImageDraw.Draw(page)
     for i, name in enumerate(rows):
         max_lines = max(1, (height - 2) // 13)
@@ -3158,8 +3128,9 @@ def plot_trajectory(frames, names, path, text=None):
     """The reverse process of five images. frames: (noise level t, or -1; uint8 (n, C, H, W))."""
     chosen = evenly_spaced(frames, 9)
     titles = [f"t = {t}" if t >= 0 else "result" for t, _ in chosen]
-    columns = torch.stack([images[:5] for _, images in chosen], dim=1)  # (n, columns, C, H, W)
-    rows = {f"{axis_label(name)} {i}": row for i, (name, row) in enumerate(zip(names, columns), 1)}
+    trajectories = torch.stack([images[:5] for _, images in chosen], dim=1)  # (n, steps, C, H, W)
+    numbered = enumerate(zip(names, trajectories), 1)
+    rows = {f"{axis_label(name)} {i}": row for i, (name, row) in numbered}
     return plot_rows(rows, titles, path, text)
 
 def axis_label(name):
