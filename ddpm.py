@@ -791,7 +791,7 @@ class Upsample(nn.Module):
 class UNet(nn.Module):
     """The network of Ho et al. 2020, appendix B, as diffusers' UNet2DModel. attention: "full",
     "linear" or "none", in attention_stages (0: of the largest maps); the middle has full attention
-    or none. num_classes, vocabulary_size: 0 for none. patch: side of the squares that become
+    with either. num_classes, vocabulary_size: 0 for none. patch: side of the squares that become
     channels (pixel unshuffle). Sides of images: multiples of patch * 2^(stages - 1)."""
     def __init__(self, image_channels=3, base_channels=128, channel_mults=(1, 2, 2, 2),
                  res_blocks=2, attention="full", attention_stages=(1,), dropout=0.0, num_classes=0,
@@ -2920,7 +2920,7 @@ def image_path(config, i):
 def images_to_sample(config, mine, texts):
     """The numbers in `mine` but those of images that --individual has of this sampling, if it was
     stopped. The first batch is always sampled, to show its steps. texts: of each image's file."""
-    text_tells_all = config.interpolate is None and config.init_image is None
+    text_tells_all = config.interpolate is None and config.init_image is None  # that it depends on
     if not config.individual or not text_tells_all:
         return mine
     todo = [i for i in mine if i < config.sample_batch_size
