@@ -7,20 +7,36 @@ a session of its own; the answer is the number of its process. {"poll": NUMBER} 
 exit code, as subprocess has it, or null while the process runs. At the end of the input it exits.
 Plots come out as dots."""
 
+import atexit
+import gc
 import json
 import os
 import runpy
 import sys
 
-import matplotlib.backends.backend_agg  # noqa: F401
-import matplotlib.ticker  # noqa: F401
-import numpy  # noqa: F401
-import torch  # noqa: F401
-import torch.distributed  # noqa: F401
-import torchvision  # noqa: F401
-import tqdm  # noqa: F401
-from matplotlib.figure import Figure
-from PIL import Image
+gc.disable()  # until everything is imported, of which there is nothing to collect
+exit_code = None  # of this process, once it is known
+
+
+@atexit.register
+def leave():
+    """End at once. To free the objects of PyTorch one by one takes a second. This was registered
+    before all others, so it is called after them."""
+    if exit_code is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
+import matplotlib.backends.backend_agg  # noqa: E402, F401
+import matplotlib.ticker  # noqa: E402, F401
+import numpy  # noqa: E402, F401
+import torch  # noqa: E402, F401
+import torch.distributed  # noqa: E402, F401
+import torchvision  # noqa: E402, F401
+import tqdm  # noqa: E402, F401
+from matplotlib.figure import Figure  # noqa: E402
+from PIL import Image  # noqa: E402
 
 
 def poll(pid):
@@ -48,7 +64,19 @@ def become(argv, cwd, env, out, err):
     sys.argv[:] = argv
     folders = [os.path.dirname(os.path.abspath(argv[0])), *env.get("PYTHONPATH", "").split(os.pathsep)]
     sys.path[:1] = [folder for folder in folders if folder]
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as e:
+        set_exit_code(e.code)
+        raise
+    set_exit_code(0)
+
+
+def set_exit_code(code):
+    """Leave the others, such as a text to print, to Python."""
+    global exit_code
+    if code is None or isinstance(code, int):
+        exit_code = (code or 0) & 255
 
 
 def requests():
@@ -64,6 +92,9 @@ def write_dot(figure, file, **_):
 def main():
     Figure.savefig = write_dot
     Image.init()
+    gc.collect()
+    gc.freeze()  # or the first collection in each process copies the memory of all these objects
+    gc.enable()
     for request in requests():
         if "poll" in request:
             answer = poll(request["poll"])
@@ -72,6 +103,7 @@ def main():
             if answer == 0:
                 return become(**request)
         print(json.dumps(answer), flush=True)
+    set_exit_code(0)
 
 
 if __name__ == "__main__":
