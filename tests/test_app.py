@@ -1,6 +1,7 @@
 """The page without a browser: Streamlit's AppTest runs it. It samples what the command line
 samples."""
 
+import importlib.metadata
 import io
 import json
 import os
@@ -34,8 +35,10 @@ def project(trained, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def page(project):
-    """page(section) -> that section of the page as AppTest shows it, with the tiny model chosen."""
+def page(project, monkeypatch):
+    """page(section) -> that section of the page as AppTest shows it, with the tiny model chosen.
+    Streamlit finds no packages, whose descriptions it reads for each AppTest."""
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [])
 
     def open_section(section="Generate"):
         at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()

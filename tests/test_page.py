@@ -4,7 +4,7 @@ import io
 import json
 import os
 import shutil
-import socket
+import signal
 import subprocess
 import sys
 import time
@@ -13,14 +13,19 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_project, sample_tiny_pt, slow
+from conftest import ONE_THREAD, ROOT, Forked, free_port, make_project, sample_tiny_pt, slow
 from PIL import Image
 
 pytest.importorskip("streamlit", reason="the page needs Streamlit")
 sync_api = pytest.importorskip("playwright.sync_api", reason="driving a browser needs Playwright")
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run
     --disable-background-networking""".split()
-SECTIONS = ("Generate", "Look inside", "Edit", "Watch a run")
+SECTIONS = {  # and what only it shows
+    "Generate": "Guidance scale",
+    "Look inside": "Timestep t",
+    "Edit": "What to do",
+    "Watch a run": "Images per second",
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +45,26 @@ def browser():
         browser.close()
 
 
+def start_streamlit(request, project, *flags):
+    """Streamlit in a process of its own, in the folder project; its output goes to log.txt. With
+    --slow Python is started for it, which is forked otherwise."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("STREAMLIT")} | ONE_THREAD
+    if request.config.getoption("--slow"):
+        command = [sys.executable, "-m", "streamlit", *flags]
+        with open(project / "log.txt", "w") as log:
+            return subprocess.Popen(command, cwd=project, env=env, stdout=log, stderr=log)
+    start = project / "start.py"
+    start.write_text("import streamlit.web.cli\nstreamlit.web.cli.main(prog_name='streamlit')\n")
+    log = project / "log.txt"
+    return Forked(request.getfixturevalue("zygote"), start, flags, project, env, log, log)
+
+
 @pytest.fixture(scope="module")
-def server(browser, project):
+def server(request, browser, project):
     """The address and port of a page that Streamlit serves as the README says, but for the port."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "streamlit",
-        "run",
-        str(ROOT / "app.py"),
-        "--server.port",
-        str(port),
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("STREAMLIT")}
-    environment["OMP_NUM_THREADS"] = "1"
-    with open(project / "log.txt", "w") as log:
-        served = subprocess.Popen(
-            [*command, "--server.headless", "true"],
-            cwd=project,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
+    port = free_port()
+    flags = ["run", str(ROOT / "app.py"), "--server.port", str(port), "--server.headless", "true"]
+    served = start_streamlit(request, project, *flags)
     try:
         for _ in range(300):
             try:
@@ -78,22 +78,36 @@ def server(browser, project):
                 time.sleep(0.2)
         yield f"http://localhost:{port}", port
     finally:
-        served.terminate()
+        served.send_signal(signal.SIGTERM)
         served.wait(20)
 
 
+@pytest.fixture(scope="module")
+def shared_tab(browser):
+    """A tab that the tests use one after the other: a new one would compile the page's code anew."""
+    return new_tab(browser)
+
+
+def new_tab(browser):
+    page = browser.new_context().new_page()
+    page.set_default_timeout(60_000)
+    return page
+
+
 @pytest.fixture
-def visit(browser, server):
-    """visit(section, **how) opens a browser of its own at that section."""
+def visit(browser, shared_tab, server):
+    """visit(section) opens that section in a session of its own, in the tab that the tests share or,
+    with alone=True, in a browser that has nothing in common with it."""
     contexts = []
 
-    def visit(section="Generate", **how):
-        contexts.append(browser.new_context(**dict(viewport=dict(width=1200, height=1000)) | how))
-        page = contexts[-1].new_page()
-        page.set_default_timeout(60_000)
+    def visit(section="Generate", alone=False, width=1200, height=1000, scheme="light"):
+        page = new_tab(browser) if alone else shared_tab
+        if alone:
+            contexts.append(page.context)
+        page.set_viewport_size(dict(width=width, height=height))
+        page.emulate_media(color_scheme=scheme)
         page.goto(f"{server[0]}/?section={section.replace(' ', '+')}")
-        page.get_by_role("radio", name=section, exact=True).wait_for()
-        settle(page)
+        settle(page, section)
         return page
 
     yield visit
@@ -101,19 +115,26 @@ def visit(browser, server):
         context.close()
 
 
-def settle(page):
-    """Wait until the page has nothing left to do."""
-    page.wait_for_timeout(500)
-    page.wait_for_function("() => !document.querySelector('[data-testid=stStatusWidget]')")
+def settle(page, section="Generate"):
+    """Wait until the page shows this section and has nothing left to do."""
+    page.get_by_role("radio", name=section, exact=True, checked=True).wait_for()
+    page.get_by_text(SECTIONS[section]).first.wait_for()
+    page.locator("[data-test-connection-state=CONNECTED][data-test-script-state=notRunning]").wait_for()
+    page.locator("[data-testid=stSkeleton]").first.wait_for(state="detached")  # its code is loading
 
 
 def submit(page):
     return page.get_by_test_id("stFormSubmitButton").get_by_role("button")
 
 
-def set_steps(page, key):
+def set_steps(page, *keys):
     """Move the slider for the steps: Home is the fewest, End all."""
-    page.get_by_role("slider").first.press(key)
+    for key in keys:
+        page.get_by_role("slider").first.press(key)
+
+
+def set_number(page, label, number):
+    page.get_by_role("spinbutton", name=label).fill(str(number))
 
 
 def generate(page):
@@ -142,7 +163,7 @@ def equal(a, b):
 
 def test_sampling_shows_its_progress_and_eight_images_to_download(visit, project):
     page = visit()
-    set_steps(page, "End")  # 50
+    set_steps(page, "End", "ArrowLeft")  # 20
     page.evaluate("""() => {
         window.seen = new Set();
         new MutationObserver(() => {
@@ -154,7 +175,7 @@ def test_sampling_shows_its_progress_and_eight_images_to_download(visit, project
     seen = page.evaluate("[...seen]")
     steps = [int(text.split()[1]) for text in seen if text.startswith("Step ")]
     assert (
-        len(steps) > 3 and steps == sorted(steps) and steps[-1] <= 50
+        len(steps) > 3 and steps == sorted(steps) and steps[-1] <= 20
     )  # the bar moves, and forwards
 
     shown = page.locator("[data-testid=stImage] img")
@@ -166,7 +187,7 @@ def test_sampling_shows_its_progress_and_eight_images_to_download(visit, project
         change = np.abs(np.diff(pixels.astype(int), axis=0)).max(axis=(1, 2))  # from row to row
         assert set(np.diff(np.flatnonzero(change[12:-12] > 2))) == {9}, "not crisp"  # 16 pixels, of 9 each
 
-    expected = sample_tiny_pt(project, num_samples=8, sampling_steps=50, gif=True)
+    expected = sample_tiny_pt(project, num_samples=8, sampling_steps=20, gif=True)
     assert equal(images(page), expected)
     third = np.asarray(Image.open(io.BytesIO(download(page, "3 stripes"))))
     assert np.array_equal(third, expected[2])
@@ -177,8 +198,8 @@ def test_sampling_shows_its_progress_and_eight_images_to_download(visit, project
     before = shown[0].bounding_box()["width"]
     shown[0].hover()
     page.get_by_role("button", name="Fullscreen").first.click()
-    page.wait_for_timeout(500)
-    assert shown[0].bounding_box()["width"] > 2 * before  # a click enlarges
+    enlarged = "([image, before]) => image.getBoundingClientRect().width > 2 * before"
+    page.wait_for_function(enlarged, arg=[shown[0].element_handle(), before])
 
 
 def test_another_model_can_be_chosen_and_a_long_sampling_be_stopped(visit):
@@ -195,24 +216,26 @@ def test_another_model_can_be_chosen_and_a_long_sampling_be_stopped(visit):
     settle(page)
     assert not page.get_by_text("of 1000").count() and not page.get_by_text("All as a ZIP").count()
     set_steps(page, "Home")  # 5
+    set_number(page, "Images", 3)
     generate(page)  # and all is well afterwards
     sampled = images(page)
-    assert len(sampled) == 8 and all(p.shape == (64, 64, 3) and p.std() > 20 for p in sampled)
-    assert page.get_by_role("button", name="8 elephant", exact=True).count()
+    assert len(sampled) == 3 and all(p.shape == (64, 64, 3) and p.std() > 20 for p in sampled)
+    assert page.get_by_role("button", name="3 elephant", exact=True).count()
 
 
 def test_two_browsers_at_once_each_get_their_own(visit, project):
-    pages = [visit(), visit()]
+    pages = [visit(), visit(alone=True)]
     for seed, page in enumerate(pages, 1):
-        set_steps(page, "End")
-        page.get_by_role("spinbutton", name="Seed").fill(str(seed))
+        set_steps(page, "End", "ArrowLeft")  # 20
+        set_number(page, "Images", 2)
+        set_number(page, "Seed", seed)
     for page in pages:
         submit(page).click()
     for seed, page in enumerate(pages, 1):
         page.get_by_text("All as a ZIP").wait_for()
         settle(page)
         assert equal(
-            images(page), sample_tiny_pt(project, num_samples=8, sampling_steps=50, seed=seed)
+            images(page), sample_tiny_pt(project, num_samples=2, sampling_steps=20, seed=seed)
         )
 
 
@@ -239,14 +262,16 @@ def test_the_keyboard_is_enough(visit):
     assert zipfile.is_zipfile(waiting.value.path())
 
 
-def test_bad_and_huge_uploads_get_a_sentence(visit, project):
+def test_bad_and_huge_uploads_get_a_sentence(visit, project, tmp_path):
+    broken, big = tmp_path / "broken.png", tmp_path / "big.png"
+    broken.write_bytes(b"no image")
+    with open(big, "wb") as f:
+        f.truncate(21 * 2**20)
     page = visit("Edit")
-    field = page.locator("input[type=file]")
-    field.set_input_files(dict(name="broken.png", mimeType="image/png", buffer=b"no image"))
+    page.locator("input[type=file]").set_input_files(broken)
     page.get_by_text("broken.png cannot be read (UnidentifiedImageError").wait_for()
     page = visit("Edit")
-    field = page.locator("input[type=file]")
-    field.set_input_files(dict(name="big.png", mimeType="image/png", buffer=bytes(21 * 2**20)))
+    page.locator("input[type=file]").set_input_files(big)
     page.get_by_text("File must be 20").wait_for()
     page.locator("input[type=file]").set_input_files(
         project / "samples" / "run" / "dataset_grid.png"
@@ -254,9 +279,9 @@ def test_bad_and_huge_uploads_get_a_sentence(visit, project):
     page.get_by_text("Strength").first.wait_for()  # a good one is taken afterwards
 
 
-@pytest.mark.parametrize("section", [SECTIONS[0], *map(slow, SECTIONS[1:])])
+@pytest.mark.parametrize("section", ["Generate", *map(slow, list(SECTIONS)[1:])])
 def test_a_phone_shows_it_without_scrolling_sideways(visit, section):
-    page = visit(section, viewport=dict(width=360, height=740))
+    page = visit(section, width=360, height=740)
     if section == "Generate":
         generate(page)
     page.wait_for_timeout(500)
@@ -271,7 +296,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(visit, section):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_is_readable_in_light_and_dark(visit, scheme):
-    page = visit(color_scheme=scheme)
+    page = visit(scheme=scheme)
     colours = page.evaluate("""() => {
         const page = getComputedStyle(document.querySelector('[data-testid=stApp]'));
         const texts = [...document.querySelectorAll('h1, label p')]
@@ -313,9 +338,9 @@ def test_it_talks_to_this_machine_only_and_starts_without_a_warning(visit, serve
     page.on("request", lambda request: asked.append(request.url))
     for section in SECTIONS:
         page.get_by_role("radio", name=section, exact=True).click(force=True)
-        settle(page)
+        settle(page, section)
     page.reload()
-    settle(page)
+    settle(page, section)
     assert asked and all(url.startswith((server[0], "data:", "blob:")) for url in asked), asked
     if os.path.exists("/proc/net/tcp"):
         tables = [
