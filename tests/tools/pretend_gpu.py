@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 ASKING = {  # operations whose result the CPU has to know before it continues
@@ -49,15 +48,6 @@ class OnGPU(torch.Tensor):
 
     device, is_cuda, is_meta = (property(lambda self, v=v: v) for v in (GPU, True, False))
 
-    @staticmethod
-    def __new__(cls, held):
-        with _disable_current_modes():
-            like = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta")
-            return torch.Tensor._make_subclass(cls, like, False)
-
-    def __init__(self, held):
-        self.held = held
-
     def __repr__(self):
         return f"OnGPU({self.held})"
 
@@ -82,10 +72,39 @@ def wait(why):
     waits[f"{frame.f_code.co_name if frame else 'test'}: {why}"] += 1
 
 
+def on_gpu(held):
+    """A tensor on the GPU with these values; without a mode of PyTorch that would see it made."""
+    like = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device="meta")
+    made = torch.Tensor._make_subclass(OnGPU, like, False)
+    made.held = held
+    return made
+
+
+def tensors_in(a):
+    """The tensors in tuples, lists and dictionaries. PyTorch's tree_leaves, and its tree_map, take
+    longer than the operation itself."""
+    if isinstance(a, torch.Tensor):
+        return [a]
+    if isinstance(a, dict):
+        a = a.values()
+    elif not isinstance(a, (tuple, list)):
+        return []
+    return [tensor for b in a for tensor in tensors_in(b)]
+
+
+def mapped(change, a):
+    """The same tuples, lists and dictionaries with what is in them changed."""
+    if type(a) in (tuple, list):
+        return type(a)([mapped(change, b) for b in a])
+    if type(a) is dict:
+        return {key: mapped(change, b) for key, b in a.items()}
+    return change(a)
+
+
 def compute(func, args, kwargs):
     """An operation of PyTorch on tensors, some of them on the GPU, or to be created there."""
     name = func.overloadpacket.__name__
-    tensors = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+    tensors = tensors_in((args, kwargs))
     ours, others = ([t for t in tensors if isinstance(t, OnGPU) is on] for on in (True, False))
     device = kwargs.get("device")
     there = bool(ours) if device is None else torch.device(device).type in ("cuda", "meta")
@@ -123,26 +142,29 @@ def compute(func, args, kwargs):
             else a
         )
 
-    with _disable_current_modes():
-        result = func(*tree_map(held, args), **tree_map(held, kwargs))
-    if not there:
-        return result
     known = {id(t.held): t for t in ours}  # an operation in place gives its own argument back
 
     def wrapped(a):
-        return (
-            a if not isinstance(a, torch.Tensor) else known[id(a)] if id(a) in known else OnGPU(a)
-        )
+        if not isinstance(a, torch.Tensor):
+            return a
+        return known[id(a)] if id(a) in known else on_gpu(a)
 
-    return tree_map(wrapped, result)
+    with _disable_current_modes():
+        result = func(*mapped(held, args), **mapped(held, kwargs))
+        return mapped(wrapped, result) if there else result
 
 
 class Creating(TorchDispatchMode):
     """Operations without a tensor of the GPU among their arguments, as
     torch.zeros(2, device=GPU)."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return compute(func, args, kwargs or {})
+
+def dispatch(self, func, types, args=(), kwargs=None):
+    return compute(func, args, kwargs or {})
+
+
+# Inside the class, PyTorch would put its compiler around the method, which takes seconds to import.
+Creating.__torch_dispatch__ = dispatch
 
 
 class Autocasting(TorchFunctionMode):
@@ -165,9 +187,7 @@ class Autocasting(TorchFunctionMode):
         def cast(a):
             return a.to(to) if isinstance(a, OnGPU) and a.is_floating_point() else a
 
-        return (
-            func(*tree_map(cast, args), **tree_map(cast, kwargs)) if to else func(*args, **kwargs)
-        )
+        return func(*mapped(cast, args), **mapped(cast, kwargs)) if to else func(*args, **kwargs)
 
 
 @contextlib.contextmanager
