@@ -349,7 +349,7 @@ def test_two_processes_see_the_gradient_of_one_with_two_micro_batches(
     """Relative 1e-5. It starts from a trained model, since in a new one most gradients are zero."""
     assert train(ONE_STEP, "--grad_accum 2 --init_from", trained, name="one") == 0
     more = [*places(tmp_path / "two", image_folder), "--init_from", trained]
-    said = two("--mode train", TINY, ONE_STEP, *more, real=True)
+    said = two("--mode train", TINY, ONE_STEP, *more)
     alone, shared = gradient(tmp_path / "one"), gradient(tmp_path / "two")
     assert ((alone - shared).norm() / alone.norm()).item() < 1e-5 and alone.norm() > 1e-3
     rows = [metrics(tmp_path / name / "samples")[1][0] for name in ("one", "two")]
