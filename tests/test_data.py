@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, quick_python
 from PIL import Image
 
 import ddpm
@@ -850,7 +850,7 @@ def test_importing_the_program_does_nothing_and_needs_no_scipy(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | quick_python(ROOT),
     )
     assert (
         result.returncode == 0

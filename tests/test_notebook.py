@@ -2,14 +2,13 @@
 
 import base64
 import io
-import os
 import re
 
 import nbclient
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT, slow
+from conftest import ROOT, quick_python, slow
 from PIL import Image
 
 NOTEBOOK = ROOT / "test_single_sample.ipynb"
@@ -83,7 +82,7 @@ def test_it_is_stored_with_its_images_and_names_no_machine():
 @pytest.mark.parametrize("length", ["short", slow("whole")])
 def test_it_runs_and_makes_its_images(tmp_path, monkeypatch, length):
     """And so do the folded answers to its exercises, after it."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(*quick_python(ROOT).popitem())
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TQDM_DISABLE", "1")  # decoding shows a bar if it takes more than 2 seconds
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -106,6 +105,7 @@ def test_it_runs_and_makes_its_images(tmp_path, monkeypatch, length):
 def test_its_first_cell_fetches_the_program_where_it_is_not(tmp_path, monkeypatch):
     """As on Colab: an empty folder, and nothing but the notebook."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv(*quick_python().popitem())
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # the requirements are installed here
     monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
     first = next(c for c in nbformat.read(NOTEBOOK, as_version=4).cells if c.cell_type == "code")

@@ -26,6 +26,7 @@ from conftest import (
     checkpoint,
     metrics,
     places,
+    quick_python,
     slow,
     torchrun,
     tree,
@@ -279,7 +280,7 @@ def test_an_error_in_the_loop_starts_a_line_of_its_own(train, tmp_path, monkeypa
 def start(folder, *flags):
     """torchrun with two processes in a process group of its own, writing to folder/log."""
     command = [sys.executable, *torchrun(2), str(ROOT / "ddpm.py"), *words(*flags)]
-    environment = os.environ | ONE_THREAD | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | ONE_THREAD | quick_python() | {"PYTHONUNBUFFERED": "1"}
     log = open(folder / "log", "w")
     return subprocess.Popen(
         command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True
@@ -629,18 +630,13 @@ def test_names_of_classes_reach_no_terminal_in_training(train, tmp_path, capsys)
     assert train("--resume --steps 3", data=tmp_path / "data") == 0
 
 
-def test_a_terminal_without_the_letters_of_a_name_is_no_reason_to_stop(image_folder, tmp_path):
+def test_a_terminal_without_the_letters_of_a_name_is_no_reason_to_stop(
+    program, image_folder, tmp_path, monkeypatch
+):
     shutil.copytree(image_folder, tmp_path / "data")
     (tmp_path / "data" / "disc").rename(tmp_path / "data" / "żółw")
-    command = [
-        sys.executable,
-        str(ROOT / "ddpm.py"),
-        *words("--mode train --dry_run --data_path data", TINY),
-    ]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=200
-    )
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = program("--mode train --dry_run --data_path data", TINY)
     assert result.returncode == 0, result.stderr
     assert r"\u017c\xf3\u0142w 8" in result.stdout
 

@@ -57,7 +57,8 @@ def become(argv, cwd, env, out, err):
     redirect(0, os.devnull, os.O_RDONLY)
     for number, path in ((1, out), (2, err)):
         redirect(number, path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = open(1, "w", buffering=1, encoding=encoding, closefd=False)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
