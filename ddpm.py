@@ -537,6 +537,11 @@ class Diffusion:
         mean = math.sqrt(abar_u) * x0 + math.sqrt(max(1 - abar_u - std**2, 0)) * eps
         return mean, std
 
+    def step(self, xt, x0, t, u, eta=0.0, noise=None):
+        """x_u (Song et al. 2021, eq. 12): DDPM at eta = 1, DDIM at 0; without noise the mean."""
+        mean, std = self.posterior(xt, x0, t, u, eta)
+        return mean if noise is None else mean + std * noise
+
 def make_diffusion(config, device="cpu"):
     betas = make_betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
     return Diffusion(betas, config.predict, config.loss, config.min_snr, device)
@@ -561,8 +566,7 @@ def ddim(diffusion, denoise, x, ts, noise, eta=0.0):
     """Song et al. 2021, eq. 12: deterministic at eta = 0."""
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
-        mean, std = diffusion.posterior(x, x0, t, u, eta)
-        x = mean + std * noise() if eta > 0 and u >= 0 else mean  # the last step adds no noise
+        x = diffusion.step(x, x0, t, u, eta, noise() if eta > 0 and u >= 0 else None)
         yield t, x, x0
 
 def dpmpp(diffusion, denoise, x, ts, noise, eta=0.0):
@@ -584,8 +588,7 @@ def multistep(diffusion, denoise, x, ts, noise, eta):
         D = x0
         if last_h and u >= 0:
             D = x0 + (x0 - last_x0) * (h / last_h / 2)
-        mean, std = diffusion.posterior(x, D, t, u, eta)
-        x = mean + std * noise() if eta > 0 and u >= 0 else mean
+        x = diffusion.step(x, D, t, u, eta, noise() if eta > 0 and u >= 0 else None)
         last_x0 = x0
         last_h = h
         yield t, x, x0

@@ -250,27 +250,28 @@ def test_the_posterior_of_any_eta_keeps_the_marginal(eta):
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_eta_1_is_the_posterior_of_ho_et_al(kind):
+def test_step_with_eta_1_is_the_posterior_of_ho_et_al(kind):
     betas, (x0, xt) = ddpm.make_betas(kind, 100), (v.double() for v in images_and_noise())
     d = ddpm.Diffusion(betas)
     for t in (0, 1, 2, 50, 98, 99):
         mean, variance = posterior(betas.numpy(), t, xt.numpy(), x0.numpy())
-        own_mean, own_std = d.posterior(xt, x0, t, t - 1)
-        np.testing.assert_allclose(own_mean.numpy(), mean, rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            d.step(xt, x0, t, t - 1, eta=1.0).numpy(), mean, rtol=1e-7, atol=1e-9
+        )
         assert d.posterior_std(t, t - 1) == pytest.approx(math.sqrt(variance), rel=1e-6, abs=1e-12)
         assert d.forward_std(t, t - 1) == pytest.approx(math.sqrt(betas[t]), rel=1e-9)
-        assert own_std == d.posterior_std(t, t - 1)
+        noisy = d.step(xt, x0, t, t - 1, eta=1.0, noise=torch.ones_like(xt))
+        np.testing.assert_allclose(noisy.numpy(), mean + math.sqrt(variance), rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_eta_0_keeps_the_noise_that_was_predicted(kind):
+def test_step_with_eta_0_keeps_the_noise_that_was_predicted(kind):
     """Song et al. 2021, eq. 12 with sigma = 0: from q_sample(x0, t, eps) to
     q_sample(x0, u, eps)."""
     d, (x0, eps) = make(kind=kind), (v.double() for v in images_and_noise())
     for t, u in ((99, 98), (99, 0), (50, 7), (1, 0), (5, -1), (0, -1)):
         at, au = d.abar[t], d.abar[u]
-        x, std = d.posterior(at.sqrt() * x0 + (1 - at).sqrt() * eps, x0, t, u, eta=0.0)
-        assert std == 0
+        x = d.step(at.sqrt() * x0 + (1 - at).sqrt() * eps, x0, t, u)
         torch.testing.assert_close(x, au.sqrt() * x0 + (1 - au).sqrt() * eps, rtol=1e-9, atol=1e-9)
 
 
@@ -285,12 +286,12 @@ def test_posterior_std_is_zero_at_clean_data_and_finite_everywhere(kind, T):
 
 
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
-def test_clean_data_is_the_predicted_x0(eta):
+def test_step_to_clean_data_is_the_predicted_x0(eta):
     d, (x0, xt) = make(), images_and_noise()
     for t in (0, 1, 99):
-        mean, std = d.posterior(xt, x0, t, -1, eta)
-        assert std == 0
-        torch.testing.assert_close(mean, x0, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            d.step(xt, x0, t, -1, eta, torch.randn_like(xt)), x0, rtol=1e-6, atol=1e-6
+        )
 
 
 # ---- pixels and noise

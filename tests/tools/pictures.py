@@ -159,7 +159,7 @@ def tiles(grid, size):
 
 def denoising_steps():
     """The reverse process: x_t, and below it the x0 that is predicted from it."""
-    steps = trajectory("animals.pt", ["dog"], seed=8)
+    steps = trajectory("animals.pt", ["dog"], seed=17)
     shown = [1, 2, 4, 7, 11, 15, 17, 19]  # x0 changes most in the first
     rows = {
         "x_t": torch.cat([steps[i - 1][1] for i in shown]),  # what the step before left
@@ -220,7 +220,8 @@ def interpolation():
     """From one sample to another of the same class."""
     rows = {}
     for kind, first, last in (("dog", 4, 2), ("cat", 8, 4), ("lion", 0, 1)):
-        settings = dict(seed=first, interpolate=last, num_samples=7, sampler="dpm++")
+        settings = dict(seed=first, interpolate=last, num_samples=7, sampler="dpm++",
+                        guidance=2.0)
         rows[f"{kind}, seed\n{first} to {last}"] = sample("animals.pt", [kind] * 7, **settings)
     return save_rows("interpolation", [""] * 7, rows)
 
