@@ -554,7 +554,7 @@ def test_one_command_prints_it_all(run, half_trained, tmp_path, capsys, script, 
             assert f"{numbers[key]:{form}}" in out
     printed = " ".join(out.split())
     for text in (
-        "9: ddpm, 2 steps, trailing spacing, x0 clipped",
+        "9: dpm++sde, 2 steps, trailing spacing, x0 clipped",
         "EMA weights",
         "768 values per image",
     ):
@@ -617,7 +617,7 @@ def test_images_of_another_scale_are_refused(run, half_trained, image_folder, tm
 def test_settings_come_from_the_checkpoint_unless_given(run, half_trained, tmp_path):
     assert run("--model_path", half_trained) == 0
     before = result(tmp_path)
-    assert before["config"]["num_samples"] == 3 and before["config"]["sampler"] == "ddpm"
+    assert before["config"]["num_samples"] == 3 and before["config"]["sampler"] == ddpm.Config.sampler
     sampling = "--sampler ddim --sampling-steps 5 --guidance 1 --classes disc"
     more = f"{sampling} --no_ema --samples_dir elsewhere"
     assert run("--model_path", half_trained, more) == 0
