@@ -99,7 +99,7 @@ def evenly_spaced(items, n):
     places = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
     return items[places] if isinstance(items, np.ndarray) else [items[i] for i in places]
 
-# What a seed is derived for, as the second number of `derive_seed`.
+# What a seed is derived for: the second number of derive_seed. In ImageNoise it is the image's.
 Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
 
 def derive_seed(*numbers):
@@ -221,14 +221,14 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 LENGTHS = ("steps", "epochs", "minutes")
 
 def square_as_number(image_size):
-    """64 for "64" and "64x64"; an --image_size of another shape, or a wrong one, as it is."""
+    """The number 64 for "64" and "64x64"; any other --image_size, even a wrong one, as it is."""
     side = str(image_size).partition("x")[0]
     is_square = str(image_size) in (side, f"{side}x{side}")
     return int(side) if is_square and re.fullmatch(r"\d{1,9}", side) else image_size
 
 def image_sides(image_size):
     """(height, width) of images of this --image_size."""
-    sides = str(image_size).split("x")  # one or two
+    sides = str(image_size).split("x")  # [side], or [width, height]
     limits = FIELDS["image_size"].metadata
     require(len(sides) <= 2 and all(re.fullmatch(r"\d{1,9}", side) for side in sides),
             f"--image_size {image_size}: give {limits['low']} to {limits['high']} or, for "
@@ -325,17 +325,17 @@ def check_value(name, value, field):
     choices = field.metadata["choices"]
     if choices:
         require(value in choices, f"--{name} {value}: choose from {', '.join(choices)}.")
+    allowed = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of int | None
+    if float in allowed:
+        allowed = (int, *allowed)  # 1 will do for 1.0
     type_name = field.type.__name__ if isinstance(field.type, type) else field.type
     wrong_type = f"--{name} {value!r}: give {type_name}."
     values = [value]
-    if typing.get_origin(field.type) is tuple:
-        require(type(value) is tuple, wrong_type)
-        values = value
     if name == "image_size":
         values = image_sides(value)
-    allowed = typing.get_args(field.type) or (field.type,)  # (int, NoneType) of int | None
-    if float in allowed:
-        allowed = (int, *allowed)
+    elif typing.get_origin(field.type) is tuple:
+        require(type(value) is tuple, wrong_type)
+        values = value
     low = field.metadata["low"]
     high = field.metadata["high"]
     for v in values:
@@ -373,7 +373,7 @@ UNUSED = {  # settings that have no effect with the value of another
     ("sampler", "ddpm"): "eta",
     ("sampler", "dpm++"): "eta",
     ("sampler", "dpm++sde"): "eta",
-    ("guidance", 0): "classes prompt prompts",  # 1 is off
+    ("guidance", 0): "classes prompt prompts",  # 0: the output without labels; 1 is off
 }
 
 def warn_of_unused(config, given):
@@ -413,7 +413,7 @@ def nearest_sizes(config):
     limits = FIELDS["image_size"].metadata
     possible = range(limits["low"], limits["high"] + 1)
     multiples = [side for side in possible if side % stride == 0]
-    fitting = [side for side in multiples if padded(side) % stride == 0]  # 28 gets a border
+    fitting = [side for side in multiples if padded(side) % stride == 0]  # 28 counts as 32
     if not fitting:
         return []
     sides = image_sides(config.image_size)
@@ -482,7 +482,7 @@ class Diffusion:
             x0_weight = snr.clamp(max=min_snr)  # Hang et al. 2023: or large t would hardly count
             if predict != "eps":  # not with eps, where this 1 becomes 1 / snr, without bound
                 x0_weight = x0_weight + 1  # Salimans & Ho 2022, section 4
-            # The squared error of the output, in units of that of the x0 it stands for.
+            # Squared error of the output / squared error of the x0 that it stands for.
             error_ratio = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
             weight = x0_weight / error_ratio
         # sqrt(abar_t) and sqrt(1 - abar_t), for a tensor of t: (T,) float32, on the device.
@@ -578,16 +578,16 @@ def dpmpp_sde(diffusion, denoise, x, ts, noise, eta=0.0):
     return multistep(diffusion, denoise, x, ts, noise, eta=1.0)
 
 def multistep(diffusion, denoise, x, ts, noise, eta):
-    """ddim (eta 0) or ddpm's smaller sigma (eta 1), but of second order: the step is taken with x0
-    extrapolated from the last two predictions to the middle of the step in log-SNR."""
-    half_log_snr = (torch.logit(diffusion.abar) / 2).tolist()  # lambda in the paper
-    last_x0 = last_h = None
+    """ddim (eta 0) or ddpm's smaller sigma (eta 1), but of second order: x0, predicted at the start
+    of a step, is replaced by D, extrapolated from the last two x0 to its middle in log-SNR."""
+    half_log_snr = (torch.logit(diffusion.abar) / 2).tolist()  # lambda in the paper; [-1] is inf
+    last_x0 = last_h = None  # of the step before
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
-        h = half_log_snr[u] - half_log_snr[t]  # infinite in the last step, which ends at x0
-        D = x0
+        h = half_log_snr[u] - half_log_snr[t]  # the length of the step
+        D = x0  # in the first step; and in the last, of infinite length, which ends at x0 itself
         if last_h and u >= 0:
-            D = x0 + (x0 - last_x0) * (h / last_h / 2)
+            D = x0 + (x0 - last_x0) * (h / 2 / last_h)  # half a step on, at the last slope
         x = diffusion.step(x, D, t, u, eta, noise() if eta > 0 and u >= 0 else None)
         last_x0 = x0
         last_h = h
@@ -633,7 +633,7 @@ class ImageNoise:
 
 # ----------------------------------------------------------------------------------------- networks
 # All are called as net(x, t, y): x (N, C, H, W), t (N,), and y the labels or None. Labels are (N,)
-# numbers of classes, or (N, L) numbers of words padded with -1. A label of -1s alone is none.
+# numbers of classes, or (N, L) numbers of words padded with -1. Only -1 means: no label.
 
 def autocast(device, precision):
     """The context that networks run in: PyTorch picks bf16 or fp16 per operation; or float32."""
@@ -682,14 +682,14 @@ class TextEncoder(nn.Module):
         self.pool = nn.Linear(width, embedding_dim)
 
     def forward(self, y):
-        numbers = F.pad(y + 1, (1, 0))              # (N, 1 + L), 0 at padding too
-        is_word = F.pad(y >= 0, (1, 0), value=True)  # (N, 1 + L), or begins a caption
-        bias = torch.where(is_word, 0.0, -math.inf)
+        numbers = F.pad(y + 1, (1, 0))                # (N, 1 + L), 0 at the start and at padding
+        is_token = F.pad(y >= 0, (1, 0), value=True)  # (N, 1 + L), False at padding
+        bias = torch.where(is_token, 0.0, -math.inf)
         h = self.words(numbers) + self.positions[: numbers.shape[1]]  # (N, 1 + L, width)
         for layer in self.layers:
             h = layer(h, src_key_padding_mask=bias)
         tokens = self.norm(h)
-        weight = is_word / is_word.sum(1, keepdim=True)
+        weight = is_token / is_token.sum(1, keepdim=True)
         mean = (weight[:, None].to(tokens.dtype) @ tokens)[:, 0]      # (N, width)
         return Text(tokens, bias[:, None], self.pool(mean))
 
@@ -1085,9 +1085,9 @@ def decode(image, image_size, channels, white=None, resize="crop"):
     else:
         image = image.resize((width, height), Image.BICUBIC)
     pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-    y = (padded(height) - height) // 2
-    x = (padded(width) - width) // 2
-    return np.pad(pixels, ((0, 0), (y, y), (x, x)), mode="edge")
+    top = (padded(height) - height) // 2
+    left = (padded(width) - width) // 2
+    return np.pad(pixels, ((0, 0), (top, top), (left, left)), mode="edge")
 
 def edge_colour(image):
     """The mean colour of a PIL image's first and last rows and columns."""
@@ -1156,9 +1156,9 @@ def list_suffixes(paths):
 def check_folder(root):
     """UserError unless --data_path is a folder."""
     suffix = root.suffix.lower()
-    folder = f", such as {root.parent}" if suffix in image_suffixes() else ""
+    example = f", such as {root.parent}" if suffix in image_suffixes() else ""
     require(not root.is_file(), f"{root} is a file{advice_on({suffix})}: give --data_path a folder "
-            f"of images{folder}.")
+            f"of images{example}.")
     remedy = f"give --data_path an image folder, or one of {', '.join(DATASETS)}"
     if root.name == PRESETS["animals_text"]["data_path"]:
         remedy = ("make it with python animal_data/draw.py --captions --count 5000 "
@@ -1190,7 +1190,7 @@ def read_captions(files, others):
 
 def read_metadata(path, notes):
     """The captions in a metadata.csv or metadata.jsonl, {file: text}; a note is added of files that
-    it names twice. UserError for a bad line; empty ones are not counted."""
+    it names twice. UserError for a bad line; its number does not count empty ones."""
     lines = io.StringIO(read_utf8(path), newline="")
     if path.suffix == ".csv":
         csv.field_size_limit(2**30)
@@ -1250,12 +1250,12 @@ def folder_source(root, with_captions=True):
     if with_captions:
         captions, notes, others = read_captions(files, others)
     texts = [captions.get(file, "") for file in files]
-    parts = [file.relative_to(root).parts for file in files]
-    class_names = [] if any(texts) else sorted({p[0] for p in parts if len(p) > 1})
-    number = {name: i for i, name in enumerate(class_names)}
-    labels = np.array([number.get(p[0], -1) for p in parts])
+    parts = [file.relative_to(root).parts for file in files]  # (sub-folders ..., name) of each
     names = ["/".join(p) for p in parts]
-    stats = [file.stat() if file.is_file() else None for file in files]
+    class_names = [] if any(texts) else sorted({p[0] for p in parts if len(p) > 1})
+    class_number = {name: i for i, name in enumerate(class_names)}
+    labels = np.array([class_number.get(p[0], -1) for p in parts])  # -1: in no sub-folder
+    stats = [file.stat() if file.is_file() else None for file in files]  # None: see `open_file`
     versions = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
     key = [str(root.resolve()), *zip(names, versions)]
     notes += [f"warning: {problem} cannot be read, and is left out" for problem in problems]
@@ -1278,7 +1278,7 @@ def notes_on_folders(root, parts):
             "splits of one data set, not like classes: give --data_path "
             f"{' or '.join(training)}.")
     deeper = {p[1] for p in parts if len(p) > 2}
-    if len(tops) > 1 or len(deeper) < 2:
+    if len(tops) != 1 or len(deeper) < 2:
         return []
     return [f"note: all sub-folders are in {root / min(tops)}: give --data_path that one if they "
             "are classes"]
@@ -1391,30 +1391,29 @@ def decode_all(source, chosen, config, path):
     Both get their names once whole: a crash or a second process cannot leave a wrong one."""
     coloured, white = look_at_all(source, chosen)
     channels = 3 if coloured.any() else 1
-    size = padded_sides(config.image_size)
+    shape = (len(chosen), channels, *padded_sides(config.image_size))
     contrast = np.full(len(chosen), 255)  # of each image, the largest difference of two pixels
     ratios = np.ones(len(chosen))         # its width / height
 
     def decode_row(row):
         with contextlib.closing(source.open(chosen[row])) as image:
-            decoded = decode(image, config.image_size, channels, white, config.resize)
-            ratios[row] = image.width / image.height
-        contrast[row] = np.ptp(decoded, axis=(1, 2)).max()  # of all red is 0 too
-        pixels[row] = decoded
+            own_pixels = decode(image, config.image_size, channels, white, config.resize)
+            ratios[row] = image.width / image.height  # after `decode` has turned it upright
+        contrast[row] = np.ptp(own_pixels, axis=(1, 2)).max()  # by channel: 0 if all is red
+        pixels[row] = own_pixels  # in the file opened below
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        pixels = new_pixel_file(partial, (len(chosen), channels, *size))
+        pixels = new_pixel_file(partial, shape)
         errors = for_each_row(decode_row, range(len(chosen)), "decoding")
         pixels.flush()
         names = [source.names[i] for i in chosen]
         notes = notes_on_pixels(names, white, coloured, contrast)
         median = np.median(ratios)
         num_alike = int(np.sum(abs(ratios / median - 1) < 0.05))
-        shape = (median, num_alike)
-        about = json.dumps(dict(unreadable=errors, white=white, shape=shape, notes=notes))
-        atomic_write(path.with_suffix(".json"), lambda f: f.write(about.encode()))
+        about = dict(unreadable=errors, white=white, shape=(median, num_alike), notes=notes)
+        atomic_write(path.with_suffix(".json"), lambda f: f.write(json.dumps(about).encode()))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -1515,8 +1514,8 @@ def report_unreadable(names, unreadable):
             "That is 5 % of the images or more: fix or remove them.")
 
 def notes_on_pixels(names, white, coloured, contrast):
-    """Sentences about what became of images: of their names, the scale of those of more than 8
-    bits, whether each is in colour, and its largest difference of two pixels."""
+    """What became of the images with these names, as sentences. white, coloured: as `look_at_all`
+    returns them; contrast: of each, the largest difference of two pixels."""
     notes = []
     if white:
         notes.append(f"scale     images of more than 8 bits: 0 is black, {white} white")
@@ -1540,7 +1539,7 @@ def notes_on_shape(shape, num_images, config):
         return min(ratio, width / height) / max(ratio, width / height)
 
     now = config.image_size
-    side = min(image_sides(now))
+    side = min(image_sides(now))  # the shorter side, which stays as it is
     same_shape = f"{round(side * max(1, ratio))}x{round(side * max(1, 1 / ratio))}"
     best = max([now, *nearest_sizes(override(config, image_size=same_shape))], key=kept)
     if kept(best) - kept(now) <= 0.15:
@@ -1601,20 +1600,20 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize(matrix):
     """A matrix (m, n) with its singular values brought to about 1, by five Newton-Schulz steps
-    (Jordan 2024): X <- P X with P = 3.4445 - 4.7750 A + 2.0315 A A and A = X X'. A and P are
-    smaller than X: `product` collects the five P, and X is multiplied once."""
+    (Jordan 2024): X <- P X with P = 3.4445 I - 4.7750 A + 2.0315 A A and A = X X'. A and P are
+    smaller than X: the loop needs them alone, and X is multiplied once, by all five P."""
     m, n = matrix.shape
     if m > n:
         return orthogonalize(matrix.T).T
-    matrix = matrix / (matrix.norm() + 1e-7)
-    gram = matrix @ matrix.T                       # A, (m, m)
-    product = torch.eye(m, device=matrix.device)
+    X = matrix / (matrix.norm() + 1e-7)
+    A = X @ X.T                                               # (m, m)
+    product = torch.eye(m, device=matrix.device)              # of all P so far
     for _ in range(5):
-        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        polynomial.diagonal().add_(3.4445)
-        product = polynomial @ product
-        gram = polynomial @ gram @ polynomial
-    return product @ matrix                        # (m, n)
+        P = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)  # beta A + alpha A A
+        P.diagonal().add_(3.4445)                             # + 3.4445 I
+        product = P @ product
+        A = P @ A @ P                                         # of the next X: (P X) (P X)'
+    return product @ X                                        # (m, n)
 
 def learning_rate(config, step, progress):
     """A linear rise over warmup_steps; then constant, or half a cosine down to 0 at progress 1."""
@@ -1799,8 +1798,8 @@ def step_files(folder):
     return sorted(folder.glob("step_*.pt"))
 
 def resumable_folder(model_path):
-    """The folder of the step checkpoints that a model's run has: `step_folder`, or as it was called
-    in the first version, in which models lr0.1 and lr0.2 shared lr0_steps."""
+    """The folder with a model's step checkpoints: `step_folder` or, if that has none, what the
+    first version called it, without the model's suffix: lr0.1 and lr0.2 shared lr0_steps."""
     folder = step_folder(model_path)
     if step_files(folder):
         return folder
@@ -1817,7 +1816,7 @@ def find_resume(config):
         except UserError as e:
             print(printable(f"warning: {e} Trying the one before."), file=sys.stderr)
             continue
-        may_be_shared = folder != step_folder(config.model_path)
+        may_be_shared = folder != step_folder(config.model_path)  # see `resumable_folder`
         written_for = Path(checkpoint["config"]["model_path"]).name
         if not may_be_shared or written_for == Path(config.model_path).name:
             return str(path), checkpoint
@@ -2752,10 +2751,10 @@ def split_classes(text, class_names):
     names = []
     parts = text.split(",")
     while parts:
-        for n in range(len(parts), 0, -1):  # the most parts that are one name; or the first
-            name = ",".join(parts[:n]).strip()
-            if name in known:
-                break
+        n = len(parts)  # how many of them are the next name: as many as can be, at least one
+        while n > 1 and ",".join(parts[:n]).strip() not in known:
+            n -= 1
+        name = ",".join(parts[:n]).strip()
         names.append(known.get(name, name))
         parts = parts[n:]
     return names
@@ -2921,10 +2920,10 @@ def image_path(config, i):
     return Path(config.individual, f"{i:05d}.png")
 
 def images_to_sample(config, mine, texts):
-    """The numbers in `mine` but those of images that --individual has of this sampling, if it was
+    """The numbers in `mine` but those whose files --individual has, of this sampling when it was
     stopped. The first batch is always sampled, to show its steps. texts: of each image's file."""
-    text_tells_all = config.interpolate is None and config.init_image is None  # that it depends on
-    if not config.individual or not text_tells_all:
+    depends_on_more = config.interpolate is not None or config.init_image is not None  # than texts
+    if not config.individual or depends_on_more:
         return mine
     todo = [i for i in mine if i < config.sample_batch_size
             or not is_from(image_path(config, i), texts[i])]
@@ -3237,28 +3236,28 @@ class Parser(argparse.ArgumentParser):
 
     def add_setting(self, section, name, field):
         meaning = field.metadata["meaning"].replace("%", "%%")
-        if field.type is bool:
+        if field.type is bool:  # two flags, and None if neither is given
             if field.default:
                 meaning += f"; --no_{name} turns it off"
             section.add_argument(f"--{name}", action="store_const", const=True, help=meaning)
             section.add_argument(f"--no_{name}", action="store_const", const=False, dest=name,
                                  help=argparse.SUPPRESS)
             return
+        kind = (typing.get_args(field.type) or [field.type])[0]  # int, of tuple[int, ...] too
         is_tuple = typing.get_origin(field.type) is tuple
-        kinds = typing.get_args(field.type) or (field.type,)  # (int, ...) of tuple[int, ...]
         choices = list(PRESETS) if name == "preset" else field.metadata["choices"]
         if choices:
             meaning += f": {' '.join(choices)}"
-        default = " ".join(map(str, field.default)) if is_tuple else field.default
-        if default not in (None, ""):
+        if field.default not in (None, ()):
+            default = " ".join(map(str, field.default)) if is_tuple else field.default
             meaning += f" (default: {default})"
-        metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kinds[0]]
+        metavar = "NAME" if choices else {int: "N", float: "X", str: "PATH"}[kind]
+        options = dict(type=kind, choices=choices, metavar=metavar)
+        if is_tuple:
+            options["nargs"] = "+"
         special = dict(
             image_size=dict(type=square_as_number, metavar="SIZE"), classes=dict(metavar="NAME"),
             prompt=dict(metavar="TEXT"), resume=dict(nargs="?", const="latest"))
-        options = dict(type=kinds[0], choices=choices, metavar=metavar)
-        if is_tuple:
-            options["nargs"] = "+"
         options |= special.get(name, {})
         section.add_argument(f"--{name}", help=meaning, **options)
 
