@@ -31,8 +31,8 @@ if __name__ == "__main__" and not st.runtime.exists():
     raise SystemExit("This is a page: start it with streamlit run app.py")
 
 WIDTH = 150  # of an image on the page at most, in the browser's pixels
-SAMPLERS = {"dpm++sde": "adds noise at each step, of second order", "ddpm": "adds noise at each step",
-            "dpm++": "adds none, of second order", "ddim": "adds none"}
+SAMPLERS = {"dpm++sde": "adds noise, sharp", "ddpm": "adds noise, smooth",
+            "dpm++": "no noise, sharp", "ddim": "no noise, smooth"}
 GRIDS = {"generated": "Sampled from the same noise each time",
          "compared": "Clean, with noise, and as the model predicts them"}
 RESIZED = {"crop": "its centre becomes", "pad": "with a border it becomes",
