@@ -509,7 +509,8 @@ class Diffusion:
         return out
 
     def loss(self, model, x0, t, eps, y=None):
-        """Loss per image, (N,) float32: with l2, eps and no weight Ho et al. 2020, eq. 14."""
+        """Loss per image, (N,) float32: with l2, eps and no weight Ho et al. 2020, eq. 14. x0, eps:
+        (N, C, H, W); t: (N,); y: the labels, as networks take them."""
         a, s = self.scales(t)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.predict]
         out = model(self.q_sample(x0, t, eps), t, y).float()  # (N, C, H, W)
@@ -2217,7 +2218,7 @@ class LossMeter:
         """Note whether the loss and the gradient of a step, scalar tensors, were finite."""
         is_finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
         self.bad_in_a_row = torch.where(is_finite, 0, self.bad_in_a_row + 1)
-        has_failed = self.bad_in_a_row == self.patience
+        has_failed = (self.bad_in_a_row == self.patience) & (self.failed_step < 0)  # the first time
         self.failed_step = torch.where(has_failed, step, self.failed_step)
 
     def read(self):

@@ -1092,6 +1092,9 @@ def test_a_run_fails_after_so_many_steps_in_a_row_that_are_not_finite(precision,
         assert meter.failed_step.item() == (-1 if step < len(steps) - 1 else step - 1)
         meter.end_step(step, loss, grad_norm)
     assert meter.failed_step.item() == len(steps) - 2, "the step at which it failed, not the last"
+    for step, loss in enumerate([good, *[bad] * patience], start=len(steps)):  # it fails once more
+        meter.end_step(step, loss, good)
+    assert meter.failed_step.item() == len(steps) - 2, "the first step at which it failed"
 
 
 @pytest.mark.quick
