@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import plant
 import pytest
 import torch
 from conftest import ROOT, TINY, places, randomise, slow, tree
@@ -565,6 +566,14 @@ def test_the_whole_program_is_short_enough_to_read():
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
     long = {f.name: n for f in functions if (n := f.end_lineno - f.lineno + 1) > 50}
     assert not long
+
+
+def test_a_fault_can_be_planted_in_every_chapter():
+    """Whether a quick test finds it, tests/tools/plant.py shows."""
+    text = (ROOT / "ddpm.py").read_text()
+    assert set(plant.FAULTS) == set(re.findall(r"^# -{20,} (.+)$", text, re.M))
+    for chapter in plant.FAULTS:
+        compile(plant.with_fault(text, chapter), "ddpm.py", "exec")
 
 
 def test_one_version_stands_everywhere(train, capsys, tmp_path):

@@ -19,7 +19,7 @@ FAULTS = {  # chapter: a piece of it, what is written instead, and the tests tha
     "settings": ("require(low <= v <= high,", "require(low <= v,", "bad_inputs"),
     "noise schedules": ("(t / T + 0.008) / 1.008", "(t / T + 0.08) / 1.08", "process"),
     "diffusion process": ("return a * xt - s * out", "return a * xt + s * out", "process"),
-    "samplers": ("if eta > 0 and u >= 0 else mean", "if eta > 0 else mean", "samplers"),
+    "samplers": ("(h / 2 / last_h)", "(h / last_h)", "samplers"),
     "networks": ("kernel.flip(2, 3).transpose(0, 1)", "kernel.transpose(0, 1)", "networks"),
     "data": ("x0.flip(3), x0)", "x0.flip(2), x0)", "data"),
     "optimiser and EMA": (
@@ -33,8 +33,8 @@ FAULTS = {  # chapter: a piece of it, what is written instead, and the tests tha
         "training",
     ),
     "devices and processes": (
-        "except BlockingIOError:\n        return True",
-        "except BlockingIOError:\n        return False",
+        "has locked it\n        return True",
+        "has locked it\n        return False",
         "runs",
     ),
     "training": (
@@ -56,11 +56,15 @@ def chapter_of(text, place):
 
 def plant(project, chapter):
     """Write a copy of ddpm.py with the fault of a chapter into a copy of the project."""
-    text = (ROOT / "ddpm.py").read_text()
+    (project / "ddpm.py").write_text(with_fault((ROOT / "ddpm.py").read_text(), chapter))
+
+
+def with_fault(text, chapter):
+    """The text of ddpm.py with the fault of a chapter."""
     right, wrong, _ = FAULTS[chapter]
     assert text.count(right) == 1, f"{right!r} is in ddpm.py {text.count(right)} times"
     assert chapter_of(text, text.index(right)) == chapter
-    (project / "ddpm.py").write_text(text.replace(right, wrong))
+    return text.replace(right, wrong)
 
 
 def run_quick_tests(project, *more):
