@@ -308,6 +308,7 @@ def read_scheduler(given):
         beta_start=start,
         beta_end=end,
         sampling_steps=min(50, T),
+        spacing="uniform",
         predict=PREDICTS[given["prediction_type"]])
 
 def find_schedule(betas):

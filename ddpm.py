@@ -19,6 +19,7 @@ Config. Formats: image_suffixes, read_captions, read_checkpoint. Papers, cited b
     Lu et al. 2022, DPM-Solver++                                         arXiv:2211.01095
     Hang et al. 2023, Efficient diffusion training via min-SNR           arXiv:2303.09556
     Jordan 2024, Muon: an optimizer for hidden layers                    kellerjordan.github.io
+    Lee et al. 2024, Beta sampling is all you need                       arXiv:2407.12173
     Liu et al. 2025, Muon is scalable for LLM training                   arXiv:2502.16982
 """
 
@@ -198,6 +199,8 @@ class Config:
     sampler: str = flag("dpm++sde", "sampling algorithm", choices="ddpm ddim dpm++ dpm++sde",
                         change_on=BOTH)
     sampling_steps: int = flag(20, "steps from noise to image, at most T", 1, 10**5, change_on=BOTH)
+    spacing: str = flag("arcsine", "of these steps: even, or denser at both ends",
+                        choices="uniform arcsine", change_on=BOTH)
     eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1, change_on=BOTH)
     classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change_on=BOTH)
     prompt: tuple[str, ...] = flag(
@@ -257,7 +260,8 @@ def changeable(command):
 # PLAIN: Ho et al. 2020, made small. LITERAL: with betas that do not depend on T.
 FASHION = dict(data_path="fashion_mnist", image_size=28, batch_size=128, num_samples=50)
 PLAIN = dict(schedule="linear", predict="eps", min_snr=0.0, patch=1, class_cond=False,
-             optimizer="adam", lr=1e-3, sampler="ddpm", guidance=1.0, sampling_steps=50)
+             optimizer="adam", lr=1e-3, sampler="ddpm", guidance=1.0, sampling_steps=50,
+             spacing="uniform")
 LITERAL = PLAIN | dict(
     beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = LITERAL | dict(
@@ -266,7 +270,7 @@ PRESETS = {
     "animals": dict(),
     "animals_text": dict(
         data_path="animals_text_data", batch_size=32, steps=8200, num_samples=24,
-        sampler="ddpm", guidance=2.0, save_every=1000, sample_every=1000),
+        sampler="ddpm", guidance=2.0, spacing="uniform", save_every=1000, sample_every=1000),
     "fashion_mnist": FASHION | dict(
         channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
         guidance=1.25),
@@ -596,11 +600,18 @@ def multistep(diffusion, denoise, x, ts, noise, eta):
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpmpp, "dpm++sde": dpmpp_sde}
 
-def spaced_timesteps(T, n):
-    """n evenly spaced timesteps from T-1 down and a last -1: n + 1 integers (trailing spacing)."""
+def spaced_timesteps(T, n, spacing="uniform"):
+    """n falling timesteps from T-1 and a last -1: n + 1 integers. uniform: evenly spaced (trailing
+    spacing); arcsine: at the quantiles of Beta(1/2, 1/2), denser at both ends, where log-SNR
+    changes fastest (Lee et al. 2024)."""
     require(1 <= n <= T,
             f"{n} sampling steps: give 1 to {T}, the number of timesteps of the model.")
-    return np.round(np.linspace(T - 1, -1, n + 1)).astype(int).tolist()
+    ts = np.linspace(T - 1, -1, n + 1)
+    if spacing == "arcsine":
+        ts = T * np.sin(np.linspace(math.pi / 2, 0, n + 1)) ** 2 - 1
+    i = np.arange(n + 1)
+    distinct = np.clip(np.round(ts).astype(int), n - 1 - i, T - 1 - i)  # where they are too dense
+    return distinct.tolist()
 
 def make_denoiser(model, diffusion, y=None, guidance=1.0, clip=True, precision="fp32"):
     """denoise(x, t) -> x0. x, x0: (N, C, H, W) in [-1, 1]; t: int; y: labels for networks.
@@ -1720,6 +1731,7 @@ def stored_config(checkpoint, path):
                   if "once" in field.metadata["change_on"]}
     stored = {name: tuple(value) if isinstance(value, list) else value  # a list in metrics.jsonl
               for name, value in checkpoint["config"].items()}
+    stored.setdefault("spacing", "uniform")  # older files lack it
     config = Config(**stored | never_used)
     try:
         check(config)
@@ -2765,7 +2777,7 @@ def reverse_timesteps(config):
     strength = config.strength or 1
     noise_levels = max(1, round(strength * config.timesteps))
     steps = max(1, round(strength * config.sampling_steps))
-    return spaced_timesteps(noise_levels, steps)
+    return spaced_timesteps(noise_levels, steps, config.spacing)
 
 def generate(model, diffusion, config, indices, labels, precision="fp32", image=None, mask=None):
     """Sample the images number `indices` with these labels: numbers of classes, -1 for none, or
@@ -2967,9 +2979,9 @@ def load_edit(config, model):
 
 def png_text(config, num_steps, digest):
     """What a sampled PNG says about itself, {key: value}."""
-    text = dict(seed=config.seed, sampler=config.sampler, steps=num_steps, eta=config.eta,
-                guidance=config.guidance, classes=config.classes or "all", model=digest,
-                weights="EMA" if config.ema else "plain", version=torch.__version__)
+    text = dict(seed=config.seed, sampler=config.sampler, steps=num_steps, spacing=config.spacing,
+                eta=config.eta, guidance=config.guidance, classes=config.classes or "all",
+                model=digest, weights="EMA" if config.ema else "plain", version=torch.__version__)
     for name in ("init_image", "strength", "mask", "interpolate"):
         if getattr(config, name) is not None:
             text[name] = Path(str(getattr(config, name))).name

@@ -40,8 +40,8 @@ FLAGS = {  # settings of ddpm.py that can be given here
     "places": ["model_path", "samples_dir"],
     "as the model's checkpoint has it, unless given": [
         "data_path", "download_dir", "num_samples", "sample_batch_size", "sampler",
-        "sampling_steps", "eta", "classes", "prompt", "prompts", "guidance", "ema", "seed", "device",
-        "precision"]}
+        "sampling_steps", "spacing", "eta", "classes", "prompt", "prompts", "guidance", "ema", "seed",
+        "device", "precision"]}
 MAX_COMPARED = 1000  # samples, and real images, whose nearest training images are looked for
 MAX_KID = 10_000  # images of a set for KID, which keeps their features
 
@@ -545,8 +545,8 @@ def describe(setup, measured):
                f"{len(images.train):,} for training, {len(images.validation):,} for validation "
                f"({images.fingerprint})",
         samples=f"{measured.num_samples:,}: {config.sampler}, {config.sampling_steps} steps, "
-                f"trailing spacing, x0 clipped, guidance {config.guidance:g}, seed {config.seed}, "
-                f"{asked}",
+                f"{config.spacing} spacing, x0 clipped, guidance {config.guidance:g}, "
+                f"seed {config.seed}, {asked}",
         bound=f"{setup.num_values:,} values per image; {coverage}; variance fixed-small, at t = 0 "
               "that of t = 1; x0 clipped; labels given, no guidance; +- is the standard error "
               "over images",

@@ -182,22 +182,26 @@ def test_ten_steps_give_the_published_dpm_solver_values(end, mean):
 PREDICTION_TYPE = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-def compare(name, theirs, diffusion, steps, clip=True, ours=(), **more):
+def compare(name, theirs, diffusion, steps, clip=True, spacing="uniform", ours=(), **more):
     """Our sampler and diffusers' scheduler take the same steps from the same noise, to a relative
-    1e-4."""
+    1e-4. Another spacing than the scheduler's own is given to it."""
     network = randomise(ddpm.UNet(3, 8, (1, 2), 1, attention_stages=()), scale=0.15).eval()
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     our_noise, their_noise = torch.Generator().manual_seed(6), torch.Generator().manual_seed(6)
+    ts = ddpm.spaced_timesteps(diffusion.T, steps, spacing)
     trajectory = walk(
         name,
         diffusion,
         ddpm.make_denoiser(network, diffusion, clip=clip),
         x,
-        ddpm.spaced_timesteps(diffusion.T, steps),
+        ts,
         lambda: torch.randn(x.shape, generator=our_noise),
         **dict(ours),
     )
-    theirs.set_timesteps(steps)
+    if spacing == "uniform":
+        theirs.set_timesteps(steps)
+    else:
+        theirs.set_timesteps(timesteps=ts[:-1])
     for t, (our_t, our_x, _) in zip(theirs.timesteps, trajectory, strict=True):
         with torch.no_grad():
             out = network(x, t.expand(2))
@@ -240,14 +244,14 @@ def test_ddim_takes_the_steps_of_diffusers_ddim(predict, steps, eta):
 
 
 @pytest.mark.parametrize("predict", PREDICTION_TYPE)
-@pytest.mark.parametrize("steps", (5, 20))
+@pytest.mark.parametrize("steps, spacing", [(5, "uniform"), (20, "uniform"), (20, "arcsine")])
 @pytest.mark.parametrize("name, theirs", [("dpm++", "dpmsolver++"), ("dpm++sde", "sde-dpmsolver++")])
-def test_dpmpp_takes_the_steps_of_diffusers_dpm_solver(predict, steps, name, theirs):
+def test_dpmpp_takes_the_steps_of_diffusers_dpm_solver(predict, steps, spacing, name, theirs):
     d, config = common(predict)
     scheduler = diffusers.DPMSolverMultistepScheduler(
         **config, solver_order=2, algorithm_type=theirs, final_sigmas_type="zero"
     )
-    compare(name, scheduler, d, steps, clip=False)
+    compare(name, scheduler, d, steps, clip=False, spacing=spacing)
 
 
 # ---- what every sampler keeps to
@@ -269,6 +273,28 @@ def test_timesteps_start_at_the_noisiest_and_end_clean(T):
 def test_timesteps_are_trailing():
     """Lin et al. 2023, arXiv:2305.08891, table 2: 999, 799, ... for five steps."""
     assert ddpm.spaced_timesteps(1000, 5) == [999, 799, 599, 399, 199, -1]
+
+
+@pytest.mark.parametrize("T", (10, 100, 1000))
+def test_arcsine_spacing_is_at_the_quantiles_of_the_arcsine_distribution(T):
+    """Its distribution function is 2 / pi arcsin(sqrt(x)); an interval of 1 of t holds its quantile
+    of i / n, unless the steps there would fall together."""
+    for n in (1, 2, 3, 7, 10, 20, 50, T):
+        if n > T:
+            continue
+        ts = ddpm.spaced_timesteps(T, n, "arcsine")
+        assert len(ts) == n + 1 and ts[0] == T - 1 and ts[-1] == -1
+        assert np.diff(ts).max() <= -1, "each step goes down"
+        for i, t in enumerate(reversed(ts)):
+            if t in (i - 1, T - 1 - (n - i)):
+                continue  # as near to its end as it can be
+            low, high = (math.asin(math.sqrt((t + 1 + d) / T)) * 2 / math.pi for d in (-0.51, 0.51))
+            assert low <= i / n <= high
+    assert ddpm.spaced_timesteps(T, T, "arcsine") == list(range(T - 1, -2, -1))
+
+
+def test_arcsine_spacing_is_denser_at_both_ends():
+    assert ddpm.spaced_timesteps(1000, 6, "arcsine") == [999, 932, 749, 499, 249, 66, -1]
 
 
 @pytest.mark.parametrize("n", (0, 101))

@@ -434,7 +434,8 @@ def ddpm_subject(path, real, args):
             f"pixels, and those of {real.name} have {channels} and {real.image_size}.")
     unknown = set(model.class_names) - set(real.class_names)
     require(not unknown, f"{path} has classes that {real.name} lacks: {sorted(unknown)}.")
-    given = {name: getattr(args, name) for name in ("sampler", "sampling_steps", "guidance")}
+    names = ("sampler", "sampling_steps", "spacing", "guidance")
+    given = {name: getattr(args, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     config = ddpm.override(config, seed=args.seed, sample_batch_size=50, **given)
     if not model.class_names:
@@ -1188,7 +1189,9 @@ def sample_prompts(loaded, prompts, guidance, args):
     model, diffusion, config = loaded
     texts = tuple(p.text for p in prompts)
     config = ddpm.override(config, prompt=texts, num_samples=len(texts), seed=args.seed,
-                           guidance=guidance, sampling_steps=args.sampling_steps)
+                           guidance=guidance, sampling_steps=args.sampling_steps,
+                           sampler=args.sampler or config.sampler,
+                           spacing=args.spacing or config.spacing)
     labels, _ = ddpm.sample_conditions(config, model)
     precision = ddpm.choose_precision("auto", torch.device("cpu"))
     return ddpm.sample_images(model, diffusion, config, labels, precision)
@@ -1249,6 +1252,12 @@ def add_sample_flags(parser):
     add("--num_samples", type=int, help="default: 2,000, or 500 of fewer than 1,000 real images")
     add("--seed", type=int, default=1, help="of the samples")
     add("--guidance", type=float, help="instead of the model's own")
+    add_spacing_flag(parser)
+
+
+def add_spacing_flag(parser):
+    parser.add_argument("--spacing", choices=("uniform", "arcsine"),
+                        help="of the sampling steps, instead of the model's own")
 
 
 def add_table_flags(parser):
@@ -1308,10 +1317,11 @@ def make_parser():
     add("--steps", type=int, default=3000)
     add("--images", type=int, metavar="N", help="on so many made-up images")
     add("--download_dir", default="data")
-    add = command(prompts)
+    add = command(prompts, add_spacing_flag)
     add("--model", required=True, metavar="FILE", help="a checkpoint of captioned drawings")
     add("--samples", type=int, default=500, help="prompts, an image each")
     add("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0])
+    add("--sampler", choices=ddpm.SAMPLERS, help="instead of the model's own")
     add("--sampling_steps", type=int, default=20)
     add("--seed", type=int, default=1, help="of the prompts and samples")
     add("--drawings", type=int, default=3000, help="that the classifier is trained on")
