@@ -395,6 +395,25 @@ def test_a_seed_gives_each_image_whatever_their_count(trained, tmp_path):
     assert (few - many[:3]).abs().max() <= 1
 
 
+def test_a_model_from_before_spacing_samples_as_it_did(main, trained, tmp_path):
+    checkpoint = ddpm.read_checkpoint(trained)
+    del checkpoint["config"]["spacing"]
+    torch.save(checkpoint, tmp_path / "older.pt")
+    flags = "--num_samples 2 --sampling_steps 7 --precision fp32 --device cpu --samples_dir"
+    images = {}
+    for name, model, more in (
+        ("older", tmp_path / "older.pt", ""),
+        ("uniform", trained, "--spacing uniform"),
+        ("arcsine", trained, ""),
+    ):
+        assert main("--mode sample --model_path", model, flags, tmp_path / name, more) == 0
+        with Image.open(tmp_path / name / "generated_sample.png") as grid:
+            images[name] = np.array(grid)
+            assert grid.text["ddpm:spacing"] == ("arcsine" if name == "arcsine" else "uniform")
+    assert np.array_equal(images["older"], images["uniform"])
+    assert not np.array_equal(images["older"], images["arcsine"])
+
+
 def test_images_and_seeds_differ(trained, tmp_path):
     a, b = (sample_tiny(trained, tmp_path, seed=s, classes="disc") for s in (0, 1))
     assert len(torch.cat([a, b]).flatten(1).unique(dim=0)) == 10
