@@ -43,9 +43,10 @@ def checkpoint(path, config, channels=3, classes=()):
 
 
 def ours(path, n=4, labels=None, **settings):
-    """The images (n, C, H, W) in [-1, 1] that ddpm.py samples, without guidance."""
+    """The images (n, C, H, W) in [-1, 1] that ddpm.py samples, as diffusers does without guidance
+    and in steps of one length."""
     model, diffusion, config = ddpm.load_model(path)
-    config = ddpm.override(config, **dict(guidance=1.0) | settings)
+    config = ddpm.override(config, **dict(guidance=1.0, spacing="uniform") | settings)
     return [*ddpm.generate(model, diffusion, config, range(n), labels or [-1] * n)][-1][1].clamp(
         -1, 1
     )
