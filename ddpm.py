@@ -610,8 +610,8 @@ def spaced_timesteps(T, n, spacing="uniform"):
     if spacing == "arcsine":
         ts = T * np.sin(np.linspace(math.pi / 2, 0, n + 1)) ** 2 - 1
     i = np.arange(n + 1)
-    distinct = np.clip(np.round(ts).astype(int), n - 1 - i, T - 1 - i)  # where they are too dense
-    return distinct.tolist()
+    ts = np.round(ts).clip(n - 1 - i, T - 1 - i)  # keeps them apart where they are dense
+    return ts.astype(int).tolist()
 
 def make_denoiser(model, diffusion, y=None, guidance=1.0, clip=True, precision="fp32"):
     """denoise(x, t) -> x0. x, x0: (N, C, H, W) in [-1, 1]; t: int; y: labels for networks.

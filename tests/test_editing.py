@@ -61,12 +61,24 @@ def test_little_strength_stays_close_and_full_strength_forgets(sample, image, sa
     assert far[0] < 12  # of 255 grey levels
 
 
-def test_strength_is_the_fraction_of_the_trajectory_and_of_the_steps(trained, image):
+@pytest.mark.parametrize(
+    "spacing, expected",
+    [
+        ("uniform", [19, 14, 9, 4]),
+        ("arcsine", [19, 16, 9, 2]),  # 20 sin^2(pi/2 (1 - i/4)) - 1
+    ],
+)
+def test_strength_is_the_fraction_of_the_trajectory_and_of_the_steps(
+    trained, image, spacing, expected
+):
+    """T = 50: the first 20 levels, in 4 of the 10 steps."""
     model, diffusion, config = ddpm.load_model(trained)
-    config = ddpm.override(config, strength=0.4, sampling_steps=10, guidance=1.0)
+    config = ddpm.override(
+        config, strength=0.4, sampling_steps=10, spacing=spacing, guidance=1.0
+    )
     x0 = ddpm.load_image(image, 16, 3)
     steps = [t for t, _, _ in ddpm.generate(model, diffusion, config, [0], [0], image=x0)]
-    assert steps == [19, 14, 9, 4]  # T = 50: the first 20 levels, in 4 of the 10 steps
+    assert steps == expected
 
 
 @pytest.mark.quick

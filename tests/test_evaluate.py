@@ -554,7 +554,7 @@ def test_one_command_prints_it_all(run, half_trained, tmp_path, capsys, script, 
             assert f"{numbers[key]:{form}}" in out
     printed = " ".join(out.split())
     for text in (
-        "9: dpm++sde, 2 steps, trailing spacing, x0 clipped",
+        "9: dpm++sde, 2 steps, arcsine spacing, x0 clipped",
         "EMA weights",
         "768 values per image",
     ):

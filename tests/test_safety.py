@@ -503,7 +503,13 @@ def test_a_checkpoint_of_format_1_still_loads_and_samples_the_same_images(tmp_pa
     )
     samples = ddpm.sample(
         ddpm.preset(
-            "animals", **settings, sampling_steps=8, guidance=1.5, device="cpu", precision="fp32"
+            "animals",
+            **settings,
+            sampling_steps=8,
+            spacing="uniform",
+            guidance=1.5,
+            device="cpu",
+            precision="fp32",
         )
     )
     row = np.concatenate(list(samples.permute(0, 2, 3, 1).numpy()), axis=1)
