@@ -1256,7 +1256,7 @@ def add_sample_flags(parser):
 
 
 def add_spacing_flag(parser):
-    parser.add_argument("--spacing", choices=("uniform", "arcsine"),
+    parser.add_argument("--spacing", choices=ddpm.FIELDS["spacing"].metadata["choices"],
                         help="of the sampling steps, instead of the model's own")
 
 
