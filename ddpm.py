@@ -206,7 +206,7 @@ class Config:
     prompt: tuple[str, ...] = flag(
         (), 'captions to sample, in turn, as in "a white cat" "a lion"', change_on=BOTH)
     prompts: str | None = flag(None, "file of captions to sample, one a line", change_on=ONCE)
-    guidance: float = flag(1.5, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
+    guidance: float = flag(1.75, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
     ema: bool = flag(True, "sample with the EMA weights", change_on=BOTH)
     individual: str | None = flag(None, "folder for single files", change_on=ONCE)
     gif: bool = flag(False, "also write the reverse process as an animation", change_on=ONCE)
