@@ -67,7 +67,15 @@ def describe(path, changed):
     learned = f", {len(checkpoint['classes'])} classes" if checkpoint["classes"] else ""
     if checkpoint["vocabulary"]:
         learned = f", prompts of {len(checkpoint['vocabulary'])} words"
-    return f"{path.name}: {data}, {size}{learned}"
+    return f"{path.name}: {data}, {size}{learned}{attention_note(config)}"
+
+def attention_note(config):
+    """What sets a network apart from one with full attention, as the default has."""
+    if config.arch == "simple" or (config.arch == "unet" and config.attention == "none"):
+        return ", without attention"
+    if config.arch == "unet" and config.attention == "linear":
+        return ", with linear attention"
+    return ""
 
 def card(path):
     """What the README beside an included model says about it, or when another was saved."""

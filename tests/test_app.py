@@ -105,6 +105,24 @@ def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
     assert names[3:] == [name for name in app.INCLUDED if (ROOT / "saved_models" / name).exists()]
 
 
+@pytest.mark.parametrize(
+    "network, expected",
+    [
+        (dict(arch="unet", attention="full"), ""),
+        (dict(arch="unet", attention="none"), ", without attention"),
+        (dict(arch="unet", attention="linear"), ", with linear attention"),
+        (dict(arch="simple", attention="full"), ", without attention"),
+        (dict(arch="resnet18", attention="linear"), ""),  # its own is always full
+    ],
+)
+def test_models_of_the_same_data_are_told_apart_by_their_attention(project, network, expected):
+    path = project / "saved_models" / "flower.pt"
+    checkpoint = ddpm.read_checkpoint(project / "saved_models" / "tiny.pt")
+    checkpoint["config"] |= network | dict(data_path="oxford/flowers", image_size=32)
+    torch.save(checkpoint, path)
+    assert app.describe(path, 0) == f"flower.pt: flowers, 32x32, 3 classes{expected}"
+
+
 def test_the_chosen_model_shows_its_card(page, project):
     at = page()
     assert at.caption[0].value.startswith("saved 20")
