@@ -112,13 +112,15 @@ def test_every_model_is_listed_with_what_it_was_trained_on(page, project):
         (dict(arch="unet", attention="none"), ", without attention"),
         (dict(arch="unet", attention="linear"), ", with linear attention"),
         (dict(arch="simple", attention="full"), ", without attention"),
-        (dict(arch="resnet18", attention="linear"), ""),  # its own is always full
+        (dict(arch="resnet18", attention="full"), ""),
     ],
 )
 def test_models_of_the_same_data_are_told_apart_by_their_attention(project, network, expected):
     path = project / "saved_models" / "flower.pt"
     checkpoint = ddpm.read_checkpoint(project / "saved_models" / "tiny.pt")
-    checkpoint["config"] |= network | dict(data_path="oxford/flowers", image_size=32)
+    checkpoint["config"] |= network | dict(
+        data_path="oxford/flowers", image_size=32, attention_at=(16,)
+    )
     torch.save(checkpoint, path)
     assert app.describe(path, 0) == f"flower.pt: flowers, 32x32, 3 classes{expected}"
 
