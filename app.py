@@ -162,7 +162,7 @@ def settings(section, key, num_images=8):
             min_value=1.0,
             max_value=8.0,
             value=min(max(config.guidance, 1.0), 8.0),
-            step=0.5,
+            step=0.25,
             **kept("guidance"))
     return ddpm.override(config, sample_batch_size=64, **given)
 
