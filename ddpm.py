@@ -150,6 +150,8 @@ class Config:
     loss: str = flag("l2", "loss between prediction and target", choices="l2 l1 huber")
     min_snr: float = flag(4.0, "g of the loss weight 1 + min(snr, g) on x0, min(snr, g) with eps; "
                           "0 is off", 0, 1e6)
+    detail_weight: float = flag(2.0, "weight in the loss of the errors of differences between "
+                                "neighbouring pixels; 0 is off", 0, 1000)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
     channels: int = flag(32, "channels of the first stage (unet, simple)", 4, 4096)
     channel_mults: tuple[int, ...] = flag(
@@ -259,9 +261,9 @@ def changeable(command):
 # Settings that several recipes share; each recipe is Config's defaults changed by its entry.
 # PLAIN: Ho et al. 2020, made small. LITERAL: with betas that do not depend on T.
 FASHION = dict(data_path="fashion_mnist", image_size=28, batch_size=128, num_samples=50)
-PLAIN = dict(schedule="linear", predict="eps", min_snr=0.0, patch=1, class_cond=False,
-             optimizer="adam", lr=1e-3, sampler="ddpm", guidance=1.0, sampling_steps=50,
-             spacing="uniform")
+PLAIN = dict(schedule="linear", predict="eps", min_snr=0.0, detail_weight=0.0, patch=1,
+             class_cond=False, optimizer="adam", lr=1e-3, sampler="ddpm", guidance=1.0,
+             sampling_steps=50, spacing="uniform")
 LITERAL = PLAIN | dict(
     beta_start=1e-4, beta_end=0.02, lr_schedule="constant", warmup_steps=0, hflip=True)
 FLOWERS = LITERAL | dict(
@@ -269,8 +271,9 @@ FLOWERS = LITERAL | dict(
 PRESETS = {
     "animals": dict(),
     "animals_text": dict(
-        data_path="animals_text_data", batch_size=32, steps=8200, num_samples=24,
-        sampler="ddpm", guidance=2.0, spacing="uniform", save_every=1000, sample_every=1000),
+        data_path="animals_text_data", detail_weight=0.0, batch_size=32, steps=8200,
+        num_samples=24, sampler="ddpm", guidance=2.0, spacing="uniform", save_every=1000,
+        sample_every=1000),
     "fashion_mnist": FASHION | dict(
         channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
         guidance=1.25),
@@ -472,10 +475,13 @@ class Diffusion:
     abar[t]: the paper's alpha-bar (alphas_cumprod elsewhere), float64; abar[-1] = 1 is clean data.
     A reverse step goes from level t to a lower level u, which is -1, clean data, at the end.
     predict: what the network outputs, the noise eps, the clean image x0 (x_start elsewhere), or v.
-    loss: l2, l1 or huber. min_snr: the cap in the weight of the loss, 0 for no weight."""
-    def __init__(self, betas, predict="eps", loss="l2", min_snr=0.0, device="cpu"):
+    loss: l2, l1 or huber. min_snr: the cap in the weight of the loss, 0 for no weight.
+    detail_weight: the weight of differences between neighbouring pixels in the loss."""
+    def __init__(self, betas, predict="eps", loss="l2", min_snr=0.0, device="cpu",
+                 detail_weight=0.0):
         self.T = len(betas)
         self.predict = predict
+        self.detail_weight = detail_weight
         self.loss_fn = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[loss]
         abar = torch.cumprod(1 - betas.double().cpu(), 0)  # (T,): its [-1] is the last timestep
         self.abar = torch.cat([abar, torch.ones(1, dtype=torch.float64)])  # (T + 1,): [-1] is 1
@@ -513,14 +519,23 @@ class Diffusion:
         return out
 
     def loss(self, model, x0, t, eps, y=None):
-        """Loss per image, (N,) float32: with l2, eps and no weight Ho et al. 2020, eq. 14. x0, eps:
-        (N, C, H, W); t: (N,); y: the labels, as networks take them."""
+        """Loss per image, (N,) float32: with l2, eps and no weights Ho et al. 2020, eq. 14. x0,
+        eps: (N, C, H, W); t: (N,); y: the labels, as networks take them."""
         a, s = self.scales(t)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.predict]
         out = model(self.q_sample(x0, t, eps), t, y).float()  # (N, C, H, W)
         require(out.shape == x0.shape,
                 f"The network outputs {tuple(out.shape)} for {tuple(x0.shape)}.")
-        return self.weight[t] * self.loss_fn(out, target, reduction="none").mean(dim=(1, 2, 3))
+        loss = self.mean_error(out, target)
+        if self.detail_weight:  # with l2 a Sobolev norm of the error: least at the same output
+            for dim in (2, 3):
+                detail = self.mean_error(out.diff(dim=dim), target.diff(dim=dim))
+                loss = loss + self.detail_weight * detail
+        return self.weight[t] * loss
+
+    def mean_error(self, out, target):
+        """The mean over each image, (N,), of l2, l1 or huber."""
+        return self.loss_fn(out, target, reduction="none").mean(dim=(1, 2, 3))
 
     def forward_std(self, t, u):
         """Std of q(x_t | x_u), sqrt(beta_t) if u = t - 1: the larger sigma of Ho et al. 2020,
@@ -549,7 +564,8 @@ class Diffusion:
 
 def make_diffusion(config, device="cpu"):
     betas = make_betas(config.schedule, config.timesteps, config.beta_start, config.beta_end)
-    return Diffusion(betas, config.predict, config.loss, config.min_snr, device)
+    return Diffusion(betas, config.predict, config.loss, config.min_snr, device,
+                     config.detail_weight)
 
 # ----------------------------------------------------------------------------------------- samplers
 # A sampler takes x at noise level ts[0] down the timesteps ts, which end at -1. After each step it
@@ -1731,7 +1747,7 @@ def stored_config(checkpoint, path):
                   if "once" in field.metadata["change_on"]}
     stored = {name: tuple(value) if isinstance(value, list) else value  # a list in metrics.jsonl
               for name, value in checkpoint["config"].items()}
-    stored.setdefault("spacing", "uniform")  # older files lack it
+    stored = dict(spacing="uniform", detail_weight=0.0) | stored  # older files lack these
     config = Config(**stored | never_used)
     try:
         check(config)

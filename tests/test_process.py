@@ -192,6 +192,57 @@ def test_min_snr_weights(predict):
     torch.testing.assert_close(losses(d), losses(plain) * weight, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("predict", PREDICTIONS)
+@pytest.mark.parametrize("side", (7, 8))
+def test_detail_weight_weighs_the_spectrum_of_the_error(predict, side):
+    """A difference of neighbours multiplies the frequency f of an image that goes on round its
+    edges by 2 sin(pi f). The error here is that: repeated, with the repetition cut off again."""
+    d = make(predict, detail_weight=0.75)
+    plain, (x0, eps) = make(predict), images_and_noise()
+    x0, eps = x0[..., :side, :side], eps[..., :side, :side]
+    t = torch.tensor([0, 3, 60, 99])
+    wanted = target(predict, x0, eps, t, d.abar).float()
+    error = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+    error[..., -1] = error[..., 0]  # so that no difference across the edge is left out
+    error[..., -1, :] = error[..., 0, :]
+    gain = (2 * torch.sin(torch.pi * torch.fft.fftfreq(side - 1))) ** 2
+    rows = torch.fft.fft(error.double()[..., :-1], dim=3).abs().square() * gain
+    columns = torch.fft.fft(error.double()[..., :-1, :], dim=2).abs().square() * gain[:, None]
+    detail = sum(energy.mean(dim=(1, 2, 3)) / (side - 1) for energy in (rows, columns))
+
+    def losses(diffusion):
+        return diffusion.loss(lambda xt, t, y: wanted + error, x0, t, eps).double()
+
+    torch.testing.assert_close(losses(d) - losses(plain), 0.75 * detail, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ("l2", "l1", "huber"))
+def test_detail_weight_leaves_an_even_error_as_it_is(loss):
+    d, plain, (x0, eps) = make(detail_weight=3.0, loss=loss), make(loss=loss), images_and_noise()
+    t = torch.tensor([0, 3, 60, 99])
+
+    def losses(diffusion, error):
+        return diffusion.loss(lambda xt, t, y: eps + error, x0, t, eps)
+
+    torch.testing.assert_close(losses(d, 0.25), losses(plain, 0.25), rtol=1e-5, atol=1e-6)
+    checked = (torch.arange(8)[:, None] + torch.arange(8)) % 2 * 2.0 - 1
+    assert (losses(d, checked) > 2 * losses(plain, checked)).all()
+
+
+def test_the_best_output_is_the_mean_of_the_targets_with_any_detail_weight():
+    """Gradient descent on the loss over four targets at once ends at their mean."""
+    d, (targets, _) = make(detail_weight=2.0), images_and_noise()
+    out, t = torch.zeros(1, 3, 8, 8, requires_grad=True), torch.zeros(4, dtype=torch.long)
+
+    def network(xt, t, y):
+        return out.expand(4, -1, -1, -1)
+
+    for _ in range(500):
+        (slope,) = torch.autograd.grad(d.loss(network, targets, t, targets).mean(), out)
+        out.data -= 5 * slope
+    torch.testing.assert_close(out[0].detach(), targets.mean(0), rtol=0, atol=1e-3)
+
+
 # ---- the reverse process
 
 

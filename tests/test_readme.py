@@ -148,6 +148,7 @@ def test_the_default_recipe_is_as_the_pages_say():
     assert f"--channels {ddpm.Config.channels} --channel_mults {mults}" in RESULTS
     assert f"loss weight 1 + min(snr, {ddpm.Config.min_snr:g})" in RESULTS
     assert f"loss = (1 + min(snr_t, {ddpm.Config.min_snr:g}))" in README
+    assert f"+ {ddpm.Config.detail_weight:g} |grad e|^2" in README
     default = f"`--sampler {ddpm.Config.sampler}` in {ddpm.Config.sampling_steps} steps"
     assert f"The default, {default}" in README
 

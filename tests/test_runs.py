@@ -384,6 +384,15 @@ def test_precision_and_learning_rate_may_change_on_resuming(train):
     assert (config["precision"], config["lr"]) == ("bf16", 1e-4)
 
 
+def test_a_run_from_before_detail_weight_goes_on_without_it(train):
+    assert train() == 0
+    older = checkpoint("run/model.pt_steps/step_00000002.pt")
+    assert older["config"].pop("detail_weight") == 2.0, "the default"
+    torch.save(older, "run/model.pt_steps/step_00000002.pt")
+    assert train("--resume --steps 3 --model_path run/model.pt") == 0
+    assert checkpoint("run/model.pt")["config"]["detail_weight"] == 0.0
+
+
 def test_the_advice_after_a_loss_that_is_not_finite_can_be_followed(train, monkeypatch, capsys):
     loss = ddpm.Diffusion.loss
     steps = iter(range(100))
