@@ -252,6 +252,8 @@ def read_unet(given, **settings):
         res_blocks=given["layers_per_block"],
         channel_mults=tuple(width // widths[0] for width in widths),
         dropout=given["dropout"],
+        min_snr=0.0,
+        detail_weight=0.0,
         class_cond=False,
         attention="full" if given["add_attention"] else "none",
         guidance=1.0,

@@ -459,6 +459,9 @@ def test_schedules_are_found_by_their_betas(run, kind, given):
     torch.testing.assert_close(
         diffusion.abar[:-1].float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6
     )
+    x0, eps = torch.randn(2, 2, 3, 8, 8)
+    losses = diffusion.loss(lambda xt, t, y: torch.zeros_like(xt), x0, torch.tensor([0, 99]), eps)
+    torch.testing.assert_close(losses, eps.square().mean(dim=(1, 2, 3)), msg="diffusers' own loss")
 
 
 @pytest.mark.parametrize(
