@@ -527,7 +527,7 @@ class Diffusion:
         require(out.shape == x0.shape,
                 f"The network outputs {tuple(out.shape)} for {tuple(x0.shape)}.")
         loss = self.mean_error(out, target)
-        if self.detail_weight:  # with l2 a Sobolev norm of the error: least at the same output
+        if self.detail_weight:  # with l2 a Sobolev norm of the error, whose minimum is the same
             for dim in (2, 3):
                 detail = self.mean_error(out.diff(dim=dim), target.diff(dim=dim))
                 loss = loss + self.detail_weight * detail
