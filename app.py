@@ -222,7 +222,7 @@ def generate_images(section, key, config, **edit):
     pixels = to_cropped(x, config).cpu()
     if config.interpolate is not None:
         frames = ddpm.there_and_back(pixels)
-    text = ddpm.png_text(config, steps, ddpm.model_digest(key[0]))
+    text = ddpm.png_text(config, steps, model, ddpm.model_digest(key[0]))
     texts = [text | dict(prompt=name) if model.vocabulary else text for name in names]
     result = keep_images(pixels, frames, texts)
     result |= dict(names=numbered, about=about(key, text))

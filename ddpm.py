@@ -2437,9 +2437,8 @@ def dry_run(config, state, diffusion, runtime):
     """One training step that writes nothing, and what it took."""
     state.lr = learning_rate(config, state.step, state.progress())
     x0, losses = train_step(config, state, diffusion, runtime, LossMeter(diffusion.T, runtime))
-    memory = peak_memory(runtime.device)
     print(f"dry run   in and out {tuple(x0.shape)}, from {x0.min():.2f} to {x0.max():.2f}; loss "
-          f"{losses.mean():.3f}; peak memory {memory} MB. No model was written")
+          f"{losses.mean():.3f}; peak memory {peak_memory(runtime.device)} MB. No model written")
     leave_processes()
 
 ENOUGH_FOR_PHOTOS = 300_000  # images seen in training
@@ -2505,19 +2504,19 @@ def describe_labels(images):
 def print_forecast(state, images_per_s):
     """Print how long the run takes at the speed of its first steps, and whether that is enough."""
     config = state.config
+    minutes = config.minutes
     if state.total_steps:
-        num_images = state.total_steps * config.batch_size
-        minutes = num_images / images_per_s / 60
-    else:
-        minutes = config.minutes
-        num_images = minutes * 60 * images_per_s
+        minutes = state.total_steps * config.batch_size / images_per_s / 60
+    num_images = 60 * minutes * images_per_s
     tqdm.write(f"speed     {images_per_s:.3g} images/s: {num_images:,.0f} images in "
                f"{minutes:.3g} minutes")
-    if len(state.images.train) >= 300 and num_images < ENOUGH_FOR_PHOTOS:
+    may_be_photos = state.images.channels == 3 and len(state.images.train) >= 300
+    if may_be_photos and num_images < ENOUGH_FOR_PHOTOS and not config.init_from:
         enough = math.ceil(ENOUGH_FOR_PHOTOS / images_per_s / 60)
+        smaller = ", --image_size 32" if max(image_sides(config.image_size)) > 32 else ""
         tqdm.write(f"note: photos of unlike things show shapes from {ENOUGH_FOR_PHOTOS:,} images "
-                   f"on, and before that textures. Try --minutes {enough}, --image_size 32, or "
-                   "--init_from a model of photos, such as saved_models/clothes.pt")
+                   f"on, and before that textures. Try --minutes {enough}{smaller}, or --init_from "
+                   "a model of photos, such as saved_models/clothes.pt")
 
 def progress_bar(state, runtime):
     """A bar of the steps, or of the seconds of --minutes."""
@@ -2902,7 +2901,7 @@ def sample_run(config, checkpoint, max_kept=math.inf):
           f"sampling  {config.num_samples} images, {config.sampler}, {num_steps} steps, seed "
           f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
           f"{runtime.precision}")
-    text = png_text(config, num_steps, digest)
+    text = png_text(config, num_steps, model, digest)
     texts = [text | dict(prompt=name) if model.vocabulary else text for name in names]
     mine = process_share(config.num_samples)
     todo = images_to_sample(config, mine, texts)
@@ -2993,11 +2992,15 @@ def load_edit(config, model):
     strength = config.strength or (1.0 if config.mask else 0.5)
     return override(config, strength=strength), image, mask
 
-def png_text(config, num_steps, digest):
-    """What a sampled PNG says about itself, {key: value}."""
+def png_text(config, num_steps, model, digest):
+    """What a PNG sampled by `model` says about itself, {key: value}."""
     text = dict(seed=config.seed, sampler=config.sampler, steps=num_steps, spacing=config.spacing,
-                eta=config.eta, guidance=config.guidance, classes=config.classes or "all",
-                model=digest, weights="EMA" if config.ema else "plain", version=torch.__version__)
+                guidance=config.guidance, model=digest, weights="EMA" if config.ema else "plain",
+                version=torch.__version__)
+    if config.sampler == "ddim":
+        text["eta"] = config.eta
+    if model.class_names:
+        text["classes"] = config.classes or "all"
     for name in ("init_image", "strength", "mask", "interpolate"):
         if getattr(config, name) is not None:
             text[name] = Path(str(getattr(config, name))).name

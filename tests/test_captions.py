@@ -301,6 +301,7 @@ def test_a_prompt_brings_its_colour(captioned):
     assert torch.cdist(found, every).argmin(1).tolist() == [2, 3, 0] * 2
     with Image.open(path.parent / "prompted" / "generated_sample.png") as grid:
         assert grid.info["ddpm:prompt"] == " | ".join(asked)
+        assert "ddpm:classes" not in grid.info
         assert grid.size == (200 + 2 * 66, 3 * 66)  # a row a prompt
         first = np.asarray(grid)[:64, 200:264][::4, ::4].transpose(2, 0, 1)
     assert (first == pixels[0].numpy()).all()

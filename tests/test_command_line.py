@@ -325,6 +325,7 @@ def test_sampling_writes_the_grid_the_trajectory_and_their_settings(
             and text["ddpm:steps"] == "2"
         )
         assert re.fullmatch("[0-9a-f]{12}", text["ddpm:model"])
+        assert text["ddpm:eta"] == "0.0" and text["ddpm:classes"] == "all"
     gif = Image.open(tmp_path / "samples" / "denoising.gif")
     assert gif.n_frames >= 2
     each = Image.open(tmp_path / "each" / "00000.png")
@@ -352,6 +353,7 @@ def test_denoising_steps_is_a_real_image(main, trained, tmp_path, real_plots):
     assert main("--mode sample --model_path", trained, "--num_samples 2 --sampling_steps 3") == 0
     image = Image.open(tmp_path / "samples" / "denoising_steps.png")
     assert min(image.size) > 50 and image.text["ddpm:steps"] == "3"
+    assert "ddpm:eta" not in image.text  # which only ddim heeds
 
 
 def test_the_grid_of_very_many_images_shows_the_first_ones(main, trained, tmp_path):

@@ -903,17 +903,23 @@ def test_the_first_steps_say_how_long_the_run_takes(train, capsys):
 @pytest.mark.parametrize(
     "length, num_images, expected",
     [
-        ("--steps", 1000, "--minutes 500,"),
-        ("--minutes", 1000, "--minutes 500,"),
+        ("--steps", 1000, "--minutes 500, --image_size 32, or"),
+        ("--minutes", 1000, "--minutes 500, --image_size 32, or"),
+        ("32 pixels", 1000, "--minutes 500, or"),
         ("--steps", 299, ""),
         ("long enough", 1000, ""),
+        ("grey", 1000, ""),
+        ("--init_from", 1000, ""),
     ],
 )
 def test_a_run_too_short_for_photos_says_what_would_do(capsys, length, num_images, expected):
     """At ten images a second 300,000 take 500 minutes."""
-    steps = {"--steps": 1500, "long enough": 18_750}.get(length)
+    steps = {"--minutes": None, "long enough": 18_750}.get(length, 1500)
     config = ddpm.Config(steps=steps, minutes=None if steps else 40.0)
-    images = types.SimpleNamespace(train=range(num_images))
+    config.image_size = 32 if length == "32 pixels" else 64
+    config.init_from = "clothes.pt" if length == "--init_from" else None
+    channels = 1 if length == "grey" else 3
+    images = types.SimpleNamespace(train=range(num_images), channels=channels)
     state = types.SimpleNamespace(config=config, images=images, total_steps=steps)
     ddpm.print_forecast(state, 10.0)
     said = capsys.readouterr().out
