@@ -1,6 +1,6 @@
 """ddpm.py: a denoising diffusion model in one file: trains on a folder of images, samples new ones.
 
-    python ddpm.py --mode train                         # the five animals; 3 to 10 min on two cores
+    python ddpm.py --mode train                         # the five animals; 3 to 12 min on two cores
     python ddpm.py --mode sample                        # sample from the model just trained
     python ddpm.py --mode train --data_path MY_IMAGES  # flat, a sub-folder per class, or captions
     torchrun --nproc_per_node=8 ddpm.py --mode train --preset cifar10

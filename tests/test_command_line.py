@@ -238,6 +238,8 @@ def test_presets_have_the_published_settings(name, settings):
     """The table of recipes in the README, and the papers' and tutorials' own code."""
     config = ddpm.preset(name)
     assert {key: getattr(config, key) for key in settings} == settings
+    assert config.min_snr == config.detail_weight == 0 and config.optimizer != "muon"
+    assert config.spacing == "uniform"
 
 
 @pytest.mark.quick

@@ -515,7 +515,11 @@ def test_a_checkpoint_of_format_1_still_loads_and_samples_the_same_images(tmp_pa
     row = np.concatenate(list(samples.permute(0, 2, 3, 1).numpy()), axis=1)
     assert row.shape == expected.shape and expected.std() > 30
     assert np.abs(row.astype(int) - expected).max() <= 1
-    assert ddpm.read_checkpoint(STORED)["classes"] == ["disc", "square", "stripes"]
+    stored = ddpm.read_checkpoint(STORED)
+    assert stored["classes"] == ["disc", "square", "stripes"]
+    own = ddpm.stored_config(stored, STORED)
+    assert (own.sampler, own.spacing, own.guidance) == ("ddpm", "uniform", 2.0)
+    assert own.min_snr == own.detail_weight == 0
 
 
 def test_a_run_of_the_old_program_is_opened_and_resumed(train, tmp_path):

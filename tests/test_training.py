@@ -121,6 +121,17 @@ def test_twelve_steps_equal_some_a_resume_and_the_rest(
     assert whole["step"] == 12 and not differences(whole, state(tmp_path / "run"))
 
 
+def test_a_run_with_muon_resumes_exactly_after_a_stop(train, tmp_path, monkeypatch):
+    """With its rate falling, in the middle of an epoch; above it is Adam."""
+    muon = f"{LIVELY} --optimizer muon"
+    assert train(muon, name="whole") == 0
+    with monkeypatch.context() as patch:
+        interrupt_in_step(patch, 6)
+        assert train(muon) == 143
+    assert train("--resume") == 0
+    assert not differences(state(tmp_path / "whole"), state(tmp_path / "run"))
+
+
 def test_the_comparison_of_checkpoints_can_fail(train, tmp_path):
     assert train(LIVELY, name="a") == train(LIVELY, "--seed 1", name="b") == 0
     found = differences(state(tmp_path / "a"), state(tmp_path / "b"))
