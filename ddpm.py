@@ -276,7 +276,7 @@ PRESETS = {
         sample_every=1000),
     "fashion_mnist": FASHION | dict(
         channel_mults=(1, 2, 4), attention_at=(8,), batch_size=32, lr=1.2e-3, steps=6000,
-        guidance=1.25),
+        sampling_steps=15, guidance=1.25),
     "animals_cnn": PLAIN | dict(arch="simple", predict="x0", batch_size=32, epochs=600),
     "cifar10_resnet18": PLAIN | dict(
         data_path="cifar10", arch="resnet18", timesteps=500, schedule="cosine", optimizer="adamw",
