@@ -1599,9 +1599,10 @@ def make_optimizer(config, model, device):
 
 class Muon(torch.optim.AdamW):
     """Muon (Jordan 2024) for the convolutions but the first and last, AdamW for all other weights.
-    Its weight, as a matrix (shape[0], all else), moves by its momentum made orthogonal. That is
+    A kernel, as a matrix (shape[0], all else), moves by its momentum made orthogonal. That is
     scaled to the size of Adam's updates (Liu et al. 2025, section 2.2): one learning rate serves
-    both. Attention and embeddings gain too little by it to pay for its time on a CPU."""
+    both. Attention and embeddings gain too little by it to pay for its time on a CPU.
+    torch.optim.Muon takes no kernels, only matrices."""
     def __init__(self, model, **options):
         super().__init__(model.parameters(), **options)
         self._step_supports_amp_scaling = False  # have GradScaler skip a step that is not finite
