@@ -100,7 +100,7 @@ def evenly_spaced(items, n):
     places = np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int)
     return items[places] if isinstance(items, np.ndarray) else [items[i] for i in places]
 
-# What a seed is derived for: the second number of derive_seed. In ImageNoise it is the image's.
+# What a seed is for: the second number of derive_seed. ImageNoise puts the image's index there.
 Stream = enum.IntEnum("Stream", "SUBSET HOLDOUT ORDER TRAINING PREVIEW EVALUATION", start=0)
 
 def derive_seed(*numbers):
@@ -148,10 +148,10 @@ class Config:
     beta_end: float | None = flag(None, "last beta (default: 0.02 * 1000 / T)", 1e-8, 0.999)
     predict: str = flag("x0", "what the network predicts", choices="eps x0 v")
     loss: str = flag("l2", "loss between prediction and target", choices="l2 l1 huber")
-    min_snr: float = flag(4.0, "g of the loss weight 1 + min(snr, g) on x0, min(snr, g) with eps; "
-                          "0 is off", 0, 1e6)
-    detail_weight: float = flag(2.0, "weight in the loss of the errors of differences between "
-                                "neighbouring pixels; 0 is off", 0, 1000)
+    min_snr: float = flag(4.0, "cap of snr in the loss weight 1 + snr of x0 (snr with eps); 0: off",
+                          0, 1e6)
+    detail_weight: float = flag(2.0, "weight in the loss of errors of differences between "
+                                "neighbouring pixels; 0: off", 0, 1000)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
     channels: int = flag(32, "channels of the first stage (unet, simple)", 4, 4096)
     channel_mults: tuple[int, ...] = flag(
@@ -201,7 +201,7 @@ class Config:
     sampler: str = flag("dpm++sde", "sampling algorithm", choices="ddpm ddim dpm++ dpm++sde",
                         change_on=BOTH)
     sampling_steps: int = flag(20, "steps from noise to image, at most T", 1, 10**5, change_on=BOTH)
-    spacing: str = flag("arcsine", "of these steps: even, or denser at both ends",
+    spacing: str = flag("arcsine", "spacing of their timesteps: even, or denser at both ends",
                         choices="uniform arcsine", change_on=BOTH)
     eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1, change_on=BOTH)
     classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change_on=BOTH)
@@ -210,7 +210,7 @@ class Config:
     prompts: str | None = flag(None, "file of captions to sample, one a line", change_on=ONCE)
     guidance: float = flag(1.75, "classifier-free guidance scale; 1 is off", 0, 100, change_on=BOTH)
     ema: bool = flag(True, "sample with the EMA weights", change_on=BOTH)
-    individual: str | None = flag(None, "folder for single files", change_on=ONCE)
+    individual: str | None = flag(None, "folder for one file per image", change_on=ONCE)
     gif: bool = flag(False, "also write the reverse process as an animation", change_on=ONCE)
     init_image: str | None = flag(None, "image to start from instead of noise", change_on=ONCE)
     strength: float | None = flag(None, "how far back towards noise (default: 0.5; with --mask 1)",
@@ -419,8 +419,7 @@ def nearest_sizes(config):
     stride = total_stride(config)
     limits = FIELDS["image_size"].metadata
     possible = range(limits["low"], limits["high"] + 1)
-    multiples = [side for side in possible if side % stride == 0]
-    fitting = [side for side in multiples if padded(side) % stride == 0]  # 28 counts as 32
+    fitting = [side for side in possible if padded(side) % stride == 0]
     if not fitting:
         return []
     sides = image_sides(config.image_size)
@@ -489,10 +488,10 @@ class Diffusion:
         weight = torch.ones_like(abar)
         if min_snr:
             snr = abar / (1 - abar)
-            x0_weight = snr.clamp(max=min_snr)  # Hang et al. 2023: or large t would hardly count
-            if predict != "eps":  # not with eps, where this 1 becomes 1 / snr, without bound
+            x0_weight = snr.clamp(max=min_snr)  # Hang et al. 2023: uncapped, small t would dominate
+            if predict != "eps":  # with eps the 1 would become 1 / snr, which is unbounded
                 x0_weight = x0_weight + 1  # Salimans & Ho 2022, section 4
-            # Squared error of the output / squared error of the x0 that it stands for.
+            # Squared error of the output / squared error of the x0 that it implies, at one x_t.
             error_ratio = {"x0": 1, "eps": snr, "v": snr + 1}[predict]
             weight = x0_weight / error_ratio
         # sqrt(abar_t) and sqrt(1 - abar_t), for a tensor of t: (T,) float32, on the device.
@@ -519,15 +518,15 @@ class Diffusion:
         return out
 
     def loss(self, model, x0, t, eps, y=None):
-        """Loss per image, (N,) float32: with l2, eps and no weights Ho et al. 2020, eq. 14. x0,
-        eps: (N, C, H, W); t: (N,); y: the labels, as networks take them."""
+        """Loss per image, (N,) float32: Ho et al. 2020, eq. 14, if eps, l2 and unweighted. x0, eps:
+        (N, C, H, W); t: (N,); y: the labels, as networks take them."""
         a, s = self.scales(t)
         target = {"eps": eps, "x0": x0, "v": a * eps - s * x0}[self.predict]
         out = model(self.q_sample(x0, t, eps), t, y).float()  # (N, C, H, W)
         require(out.shape == x0.shape,
                 f"The network outputs {tuple(out.shape)} for {tuple(x0.shape)}.")
         loss = self.mean_error(out, target)
-        if self.detail_weight:  # with l2 a Sobolev norm of the error, whose minimum is the same
+        if self.detail_weight:  # with l2 a Sobolev norm of the error: the same minimiser
             for dim in (2, 3):
                 detail = self.mean_error(out.diff(dim=dim), target.diff(dim=dim))
                 loss = loss + self.detail_weight * detail
@@ -578,7 +577,7 @@ def ddpm(diffusion, denoise, x, ts, noise, eta=0.0):
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
         mean, std = diffusion.posterior(x, x0, t, u)
-        if every_timestep:  # the larger sigma, better on all T steps only (Song et al., table 1)
+        if every_timestep:  # the larger sigma, better only with all T steps (Song et al., table 1)
             std = diffusion.forward_std(t, u)
         x = mean + std * noise() if u >= 0 else mean  # the last step adds no noise
         yield t, x, x0
@@ -599,14 +598,14 @@ def dpmpp_sde(diffusion, denoise, x, ts, noise, eta=0.0):
     return multistep(diffusion, denoise, x, ts, noise, eta=1.0)
 
 def multistep(diffusion, denoise, x, ts, noise, eta):
-    """ddim (eta 0) or ddpm's smaller sigma (eta 1), but of second order: x0, predicted at the start
-    of a step, is replaced by D, extrapolated from the last two x0 to its middle in log-SNR."""
+    """As ddim (eta 0), or ddpm with the smaller sigma (eta 1), but second order: each step takes D
+    in place of x0: the last two x0, extrapolated to the middle of the step in log-SNR."""
     half_log_snr = (torch.logit(diffusion.abar) / 2).tolist()  # lambda in the paper; [-1] is inf
     last_x0 = last_h = None  # of the step before
     for t, u in pairwise(ts):
         x0 = denoise(x, t)
         h = half_log_snr[u] - half_log_snr[t]  # the length of the step
-        D = x0  # in the first step; and in the last, of infinite length, which ends at x0 itself
+        D = x0  # in the first step, and in the last, where h is infinite and x becomes x0
         if last_h and u >= 0:
             D = x0 + (x0 - last_x0) * (h / 2 / last_h)  # half a step on, at the last slope
         x = diffusion.step(x, D, t, u, eta, noise() if eta > 0 and u >= 0 else None)
@@ -626,7 +625,7 @@ def spaced_timesteps(T, n, spacing="uniform"):
     if spacing == "arcsine":
         ts = T * np.sin(np.linspace(math.pi / 2, 0, n + 1)) ** 2 - 1
     i = np.arange(n + 1)
-    ts = np.round(ts).clip(n - 1 - i, T - 1 - i)  # keeps them apart where they are dense
+    ts = np.round(ts).clip(n - 1 - i, T - 1 - i)  # distinct, also where they are dense
     return ts.astype(int).tolist()
 
 def make_denoiser(model, diffusion, y=None, guidance=1.0, clip=True, precision="fp32"):
@@ -661,10 +660,10 @@ class ImageNoise:
 
 # ----------------------------------------------------------------------------------------- networks
 # All are called as net(x, t, y): x (N, C, H, W), t (N,), and y the labels or None. Labels are (N,)
-# numbers of classes, or (N, L) numbers of words padded with -1. Only -1 means: no label.
+# class indices, or (N, L) word indices padded with -1. Only -1 means: no label.
 
 def autocast(device, precision):
-    """The context that networks run in: PyTorch picks bf16 or fp16 per operation; or float32."""
+    """Mixed precision: a torch.autocast context for bf16 and fp16, one without effect for fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
 
@@ -697,7 +696,7 @@ Text = namedtuple("Text", "tokens bias pooled")
 
 class TextEncoder(nn.Module):
     """A small transformer over the words of captions, learned with the rest of the network. Each
-    caption begins with a learned token, which is all there is of one without words."""
+    caption begins with a learned token; an empty caption is that token alone."""
     def __init__(self, vocabulary_size, width, embedding_dim):
         super().__init__()
         self.words = nn.Embedding(vocabulary_size + 1, width)  # row 0 begins each caption
@@ -722,9 +721,9 @@ class TextEncoder(nn.Module):
         return Text(tokens, bias[:, None], self.pool(mean))
 
 class Attention(nn.Module):
-    """One-head self-attention over all pixels, and a skip connection. full: softmax(q k') v, where
-    a Text, if any, adds keys and values (Nichol et al. 2022, section 4); linear: softmax(q)
-    (softmax(k)' v) (Shen et al. 2021, arXiv:1812.01243), without Text."""
+    """One-head self-attention over all pixels, and a skip connection. full: softmax(q k^T) v,
+    where a Text, if any, adds keys and values (Nichol et al. 2022, section 4); linear: softmax(q)
+    (softmax(k)^T v) (Shen et al. 2021, arXiv:1812.01243), without Text."""
     def __init__(self, channels, groups, kind="full", text_width=0):
         super().__init__()
         self.kind = kind
@@ -751,7 +750,7 @@ class Attention(nn.Module):
         return x + self.out(mixed).transpose(1, 2).reshape(n, c, h, w)
 
 def softmax_attention(q, k, v, bias=None):
-    """softmax(q k' / sqrt(C) + bias) v of one head. q, result: (N, HW, C)."""
+    """softmax(q k^T / sqrt(C) + bias) v of one head. q, result: (N, HW, C)."""
     if q.is_cuda:
         mask = None if bias is None else bias[:, None]
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask)
@@ -805,7 +804,7 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution: in 4/9 of its multiply-adds."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution, fused: 4/9 of the multiply-adds."""
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -845,7 +844,7 @@ class UNet(nn.Module):
             self.text = TextEncoder(vocabulary_size, text_width, embedding_dim)
         self.conv_in = nn.Conv2d(image_channels * patch**2, base_channels, 3, padding=1)
         self.down = nn.ModuleList()
-        self.up = nn.ModuleList()  # filled last, but before the middle in the order of parameters
+        self.up = nn.ModuleList()  # filled below; here so that its parameters precede the middle's
         channels = base_channels   # of the feature map at this point of the network
         skip_channels = [channels]  # those of the maps that `forward` keeps as skips
         for i, width in enumerate(widths):
@@ -903,14 +902,14 @@ def group_count(widths):
     return 1
 
 def zero(layer):
-    """The layer with weights and bias 0, so that its residual branch adds nothing at first."""
+    """The layer with weights and bias 0, so that its output is 0 at first."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     layer.starts_at_zero = True
     return layer
 
 def init_weights(network):
-    """Xavier, as in the paper's code, but for the layers of `zero`. PyTorch's own learns slower."""
+    """Xavier, as in the paper's code, save for `zero` layers: PyTorch's default learns slower."""
     qkv_layers = {module.qkv for module in network.modules() if isinstance(module, Attention)}
     for layer in network.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and not hasattr(layer, "starts_at_zero"):
@@ -1256,8 +1255,8 @@ def split_words(text):
     return re.findall(r"\w+|[^\w\s]", text.lower())
 
 def encode(captions, vocabulary):
-    """A list of the numbers of each caption's words, all padded with -1 to one length. Words that
-    are not in the vocabulary, and those after MAX_WORDS, are left out."""
+    """A list of each caption's word indices, all padded with -1 to one length. Words that are not
+    in the vocabulary, and those after MAX_WORDS, are left out."""
     number = {word: i for i, word in enumerate(vocabulary)}
     rows = []
     for caption in captions:
@@ -1466,11 +1465,11 @@ def for_each_row(work, rows, description):
     return errors
 
 class Images:
-    """Decoded images, row i image chosen[i] of the source. pixels: (N, C, H, W) uint8, on the GPU
-    if it has room. labels: int64, for networks. train, validation: rows. class_names: those of the
-    labels that the network learns, all_class_names or none. captions: N strings, "" for none.
-    vocabulary: the words of those in training; examples: some of those. white: as in `Decoded`.
-    notes: sentences about the images."""
+    """Decoded images: row i is image chosen[i] of the source. pixels: (N, C, H, W) uint8, on the
+    GPU if it has room. labels: int64, for networks. train, validation: rows. class_names: what the
+    network learns, all_class_names or none. captions: N strings, "" for none. vocabulary: the words
+    of those in training; examples: some of those. white: as in `Decoded`. notes: sentences about
+    the images."""
     def __init__(self, source, chosen, decoded, config, device):
         names = [source.names[i] for i in chosen]
         report_unreadable(names, decoded.unreadable)
@@ -1569,7 +1568,8 @@ def notes_on_shape(shape, num_images, config):
     now = config.image_size
     side = min(image_sides(now))  # the shorter side, which stays as it is
     same_shape = f"{round(side * max(1, ratio))}x{round(side * max(1, 1 / ratio))}"
-    best = max([now, *nearest_sizes(override(config, image_size=same_shape))], key=kept)
+    alternatives = nearest_sizes(override(config, image_size=same_shape))
+    best = max([now, *alternatives], key=kept)
     if kept(best) - kept(now) <= 0.15:
         return []
     return [f"note: {num_alike} of {num_images} images are {ratio:.3g} times as wide as high, and "
@@ -1598,11 +1598,11 @@ def make_optimizer(config, model, device):
     return kind(model.parameters(), **options)
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan 2024) for the convolutions but the first and last, AdamW for all other weights.
-    A kernel, as a matrix (shape[0], all else), moves by its momentum made orthogonal. That is
-    scaled to the size of Adam's updates (Liu et al. 2025, section 2.2): one learning rate serves
-    both. Attention and embeddings gain too little by it to pay for its time on a CPU.
-    torch.optim.Muon takes no kernels, only matrices."""
+    """Muon (Jordan 2024) for all convolutions but the first and last, AdamW for the other weights.
+    A kernel, as a matrix (shape[0], all else), is moved by its orthogonalised momentum, scaled to
+    the size of Adam's updates (Liu et al. 2025, section 2.2): one learning rate serves both.
+    Attention and embeddings gain too little to pay for its time on a CPU. torch.optim.Muon takes
+    only matrices, no kernels."""
     def __init__(self, model, **options):
         super().__init__(model.parameters(), **options)
         self._step_supports_amp_scaling = False  # have GradScaler skip a step that is not finite
@@ -1629,8 +1629,8 @@ class Muon(torch.optim.AdamW):
 
 def orthogonalize(matrix):
     """A matrix (m, n) with its singular values brought to about 1, by five Newton-Schulz steps
-    (Jordan 2024): X <- P X with P = 3.4445 I - 4.7750 A + 2.0315 A A and A = X X'. A and P are
-    smaller than X: the loop needs them alone, and X is multiplied once, by all five P."""
+    (Jordan 2024): X <- P X with P = 3.4445 I - 4.7750 A + 2.0315 A A and A = X X^T. The loop only
+    updates A and the product of all P, which are smaller than X, and X is multiplied once."""
     m, n = matrix.shape
     if m > n:
         return orthogonalize(matrix.T).T
@@ -1641,7 +1641,7 @@ def orthogonalize(matrix):
         P = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)  # beta A + alpha A A
         P.diagonal().add_(3.4445)                             # + 3.4445 I
         product = P @ product
-        A = P @ A @ P                                         # of the next X: (P X) (P X)'
+        A = P @ A @ P                                         # of the next X: (P X) (P X)^T
     return product @ X                                        # (m, n)
 
 def learning_rate(config, step, progress):
@@ -2085,7 +2085,7 @@ def lock(path, flag, place):
                 path.unlink()
 
 def is_held(file, host):
-    """Whether a living run, on the machine `host`, has this open lock file. If not, lock it."""
+    """Lock this open file unless a living run, on the machine `host`, has it. Whether one has."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2205,7 +2205,7 @@ class TrainState:
         load_weights(self.ema, checkpoint["ema"], path)
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            if checkpoint["scaler"] and self.scaler.is_enabled():  # or --precision was changed
+            if checkpoint["scaler"] and self.scaler.is_enabled():  # fp16 then and now
                 self.scaler.load_state_dict(checkpoint["scaler"])
         except Exception as e:  # they do not check what they are given
             raise UserError(
@@ -2311,7 +2311,7 @@ def train_run(config, checkpoint=None):
         if not (images.class_names or images.vocabulary):
             config = override(config, guidance=1.0)  # there is nothing to guide by
         torch.manual_seed(config.seed)
-        pretrained = config.pretrained and not checkpoint  # or its weights come below
+        pretrained = config.pretrained and not checkpoint  # whose weights are loaded below
         model = build_model(override(config, pretrained=pretrained), images.channels,
                             images.class_names, images.vocabulary, images.examples)
         origin = load_matching_weights(model, initial, config) if initial else None
@@ -2322,7 +2322,7 @@ def train_run(config, checkpoint=None):
             if state.progress() >= 1:
                 length = next(name for name in LENGTHS if getattr(config, name))
                 origin += f": the run is finished. To train on, give a larger --{length}"
-            checkpoint.clear()  # or it would take memory to the end
+            checkpoint.clear()  # to free its memory
         diffusion = make_diffusion(config, runtime.device)
         print_banner(config, state, runtime, diffusion.abar_T, origin)
         if config.dry_run:
@@ -2369,9 +2369,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             # ------------------------------------------- agree whether to go on, log, save, preview
             stop_signal, progress = agree(runtime, stop.signum, state.progress())
             finished = progress >= 1
-            if finished:
-                stop_signal = 0  # it was not stopped
-            stopped = stop_signal > 0
+            stopped = stop_signal > 0 and not finished  # at the end there is nothing to stop
             is_new = state.step > start_step  # what a run starts from is saved and shown already
             preview_due = finished or (is_new and state.step % config.sample_every == 0)
             save_due = preview_due or (is_new and (stopped or state.step % config.save_every == 0))
@@ -2394,7 +2392,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                     logger.log_preview(state, preview)
                 meter.since += time.monotonic() - before  # not spent on training
             if finished or stopped:
-                return stop_signal
+                return stop_signal if stopped else 0
             # -------------------------------------------------------------------- one training step
             state.lr = learning_rate(config, state.step, progress)
             train_step(config, state, diffusion, runtime, meter)
@@ -2417,8 +2415,8 @@ def train_step(config, state, diffusion, runtime, meter):
         y = torch.where(hidden, -1, y)
         t = torch.randint(config.timesteps, (len(x0),), device=runtime.device)
         eps = torch.randn_like(x0)
-        waits = runtime.world_size > 1 and i + 1 < config.grad_accum  # to average gradients once
-        with state.network.no_sync() if waits else contextlib.nullcontext():
+        skip_sync = runtime.world_size > 1 and i + 1 < config.grad_accum  # average gradients once
+        with state.network.no_sync() if skip_sync else contextlib.nullcontext():
             with autocast(runtime.device, runtime.precision):
                 losses = diffusion.loss(state.network, x0, t, eps, y)  # (n,)
             state.scaler.scale(losses.mean() / config.grad_accum).backward()
@@ -2620,12 +2618,12 @@ def rows_of_run(path, config):
     """The rows in a metrics.jsonl of the run that a Config resumes; None if it is of another."""
     with contextlib.suppress(UserError, OSError, KeyError):  # it may be damaged, or gone
         head, rows = read_metrics(path)
-        if model_from_samples(head["config"]) == model_from_samples(vars(config)):
+        if relative_model_path(head["config"]) == relative_model_path(vars(config)):
             return rows
     return None
 
-def model_from_samples(settings):
-    """Where a run's model is as seen from its samples: the same after the run was moved."""
+def relative_model_path(settings):
+    """A run's model_path relative to its samples_dir: the same after the run was moved."""
     with contextlib.suppress(ValueError):  # if they are on two drives of Windows
         return os.path.relpath(settings["model_path"], settings["samples_dir"])
     return settings["model_path"]
@@ -2764,7 +2762,7 @@ def check_words(prompts, vocabulary):
                             f"as {', '.join(nearest)}, of the {len(vocabulary)} that it knows.")
 
 def class_labels(classes, class_names):
-    """The numbers of the classes named, as in "lion,tiger", or of all; [-1] if there are none."""
+    """The indices of the classes named, as in "lion,tiger", or of all; [-1] if there are none."""
     names = split_classes(classes, class_names) if classes else class_names
     known = "it was trained without classes"
     if class_names:
@@ -2796,9 +2794,9 @@ def reverse_timesteps(config):
     return spaced_timesteps(noise_levels, steps, config.spacing)
 
 def generate(model, diffusion, config, indices, labels, precision="fp32", image=None, mask=None):
-    """Sample the images number `indices` with these labels: numbers of classes, -1 for none, or
-    equally long lists of numbers of words, padded with -1. Yields (t, x, x0) after each step, x and
-    x0 (n, C, H, W) float32. An image does not depend on the others. To edit: image (1, C, H, W) in
+    """Sample the images number `indices` with these labels: class indices, -1 for none, or equally
+    long lists of word indices, padded with -1. Yields (t, x, x0) after each step, x and x0
+    (n, C, H, W) float32. An image does not depend on the others. To edit: image (1, C, H, W) in
     [-1, 1] to start from, kept where mask (1, 1, H, W) is 0."""
     require(config.guidance == 1 or model.class_names or model.vocabulary, f"--guidance "
             f"{config.guidance:g}: the model was trained without classes; leave it out.")
@@ -3051,7 +3049,7 @@ def save_png(image, path, text=None):
     return atomic_write(path, lambda f: image.save(f, "PNG", pnginfo=info))
 
 def magnified(pixels):
-    """Images (N, C, H, W), small ones enlarged by a whole factor to about 64 pixels."""
+    """Images (N, C, H, W), small ones enlarged by an integer factor to about 64 pixels."""
     zoom = max(1, 64 // max(pixels.shape[2:]))
     return pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 
@@ -3096,7 +3094,7 @@ def there_and_back(pixels):
 COLOURS = ("#1b6ca8", "#e07b39", "#3c8d5a", "#9b4f96", "#8a7a1f")
 
 def new_figure(width, height):
-    """An empty figure of so many inches, without pyplot, which would look for a window system."""
+    """An empty figure, width x height inches; pyplot, not used, would look for a window system."""
     from matplotlib.figure import Figure  # takes a second to import, and --help needs no plots
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -3319,10 +3317,10 @@ def explain(error):
         return str(error)
     if isinstance(error, OSError):
         return (f"{error.strerror or error} ({error.filename or 'while writing a file'}). What was "
-                "saved is safe. Make room or permit it, or choose another --model_path, "
+                "saved is safe. Make room or permit writing, or choose another --model_path, "
                 "--samples_dir or --download_dir.")
     text = str(error)
-    # PyTorch has no type of its own for all kinds of missing memory, nor for processes that left.
+    # PyTorch has no exception type for every kind of missing memory, nor for lost processes.
     on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
     if isinstance(error, MemoryError) or on_gpu or "you tried to allocate" in text:
         where = "GPU memory" if on_gpu else "memory"
@@ -3353,10 +3351,10 @@ def run_mode(mode, given):
 
 def main(argv=None):
     """Run a command line and return its exit code."""
+    formatter = functools.partial(argparse.HelpFormatter, max_help_position=27, width=100)
     parser = Parser(
         "ddpm.py", usage="python ddpm.py --mode train|sample [flags]", allow_abbrev=False,
-        description=__doc__.splitlines()[0], formatter_class=functools.partial(
-            argparse.HelpFormatter, max_help_position=27, width=100))
+        description=__doc__.splitlines()[0], formatter_class=formatter)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--mode", choices=("train", "sample"), required=True, help="what to do")
     parser.add_settings(flag_groups())
