@@ -2440,7 +2440,7 @@ def dry_run(config, state, diffusion, runtime):
           f"{losses.mean():.3f}; peak memory {peak_memory(runtime.device)} MB. No model written")
     leave_processes()
 
-ENOUGH_FOR_PHOTOS = 300_000  # images seen in training
+ENOUGH_FOR_PHOTOS = 300_000  # seen in training; ten kinds of clothes took 130,000
 
 def print_banner(config, state, runtime, abar_T, origin):
     """Print what the run will do. origin: where its weights come from; None: random."""
