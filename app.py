@@ -137,7 +137,7 @@ def settings(section, key, num_images=8):
         **kept("sampler"))
     usual = {n for n in (5, 10, 20, 50, 100, 250, 1000) if n < diffusion.T}
     given["sampling_steps"] = st.select_slider(
-        "Steps: fewer are faster, more than 20 rarely help",
+        "Steps: more than 20 rarely help",
         sorted(usual | {config.sampling_steps, diffusion.T}),
         value=config.sampling_steps,
         **kept("steps"))
