@@ -419,7 +419,7 @@ def nearest_sizes(config):
     stride = total_stride(config)
     limits = FIELDS["image_size"].metadata
     possible = range(limits["low"], limits["high"] + 1)
-    fitting = [side for side in possible if padded(side) % stride == 0]
+    fitting = [n for n in possible if n % stride == padded(n) % stride == 0]  # 28 counts as 32
     if not fitting:
         return []
     sides = image_sides(config.image_size)
