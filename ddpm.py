@@ -2510,7 +2510,8 @@ def print_forecast(state, images_per_s):
     tqdm.write(f"speed     {images_per_s:.3g} images/s: {num_images:,.0f} images in "
                f"{minutes:.3g} minutes")
     may_be_photos = state.images.channels == 3 and len(state.images.train) >= 200
-    if may_be_photos and num_images < ENOUGH_FOR_PHOTOS and not config.init_from:
+    from_scratch = not (config.init_from or config.resume)  # a resumed run has been told
+    if may_be_photos and num_images < ENOUGH_FOR_PHOTOS and from_scratch:
         enough = math.ceil(ENOUGH_FOR_PHOTOS / images_per_s / 60)
         smaller = ", --image_size 32" if max(image_sides(config.image_size)) > 32 else ""
         tqdm.write(f"note: photos of unlike things show shapes from {ENOUGH_FOR_PHOTOS:,} images "

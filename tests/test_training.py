@@ -922,6 +922,7 @@ def test_the_first_steps_say_how_long_the_run_takes(train, capsys):
         ("long enough", 1000, ""),
         ("grey", 1000, ""),
         ("--init_from", 1000, ""),
+        ("--resume", 1000, ""),
     ],
 )
 def test_a_run_too_short_for_photos_says_what_would_do(capsys, length, num_images, expected):
@@ -930,6 +931,7 @@ def test_a_run_too_short_for_photos_says_what_would_do(capsys, length, num_image
     config = ddpm.Config(steps=steps, minutes=None if steps else 40.0)
     config.image_size = 32 if length == "32 pixels" else 64
     config.init_from = "clothes.pt" if length == "--init_from" else None
+    config.resume = length == "--resume"
     channels = 1 if length == "grey" else 3
     images = types.SimpleNamespace(train=range(num_images), channels=channels)
     state = types.SimpleNamespace(config=config, images=images, total_steps=steps)
