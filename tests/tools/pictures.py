@@ -3,9 +3,11 @@
     python tests/tools/pictures.py                          # all of them
     python tests/tools/pictures.py guidance inpainting      # some
     python tests/tools/pictures.py training_times --run samples
+    python tests/tools/pictures.py choices --run choices
 
-A model that is not there is left out, and so is training_times without --run: the samples folder of
-python ddpm.py --mode train --num_samples 5 --sample_every 169.
+A model that is not there is left out. So are two pictures without --run: training_times, which takes the
+samples folder of python ddpm.py --mode train --num_samples 5 --sample_every 169, and choices, which takes
+a folder of models (see docs/results.md).
 """
 
 import argparse
@@ -35,7 +37,7 @@ DPI = 100
 
 @functools.cache
 def load(name):
-    """A model in saved_models/: (model, diffusion, config)."""
+    """A model in saved_models/, or at an absolute path: (model, diffusion, config)."""
     return ddpm.load_model(ddpm.HERE / "saved_models" / name)
 
 
@@ -150,6 +152,19 @@ def training_times(run):
     return save_rows("training_times", model.class_names, rows)
 
 
+def choices(run):
+    """The same noise by models that were trained with the defaults, and without one of them."""
+    rows = {
+        "default": "default.pt",
+        "--detail_weight 0": "detail_weight.pt",
+        "--min_snr 0": "min_snr.pt",
+        "--optimizer adamw\n--lr 1e-3": "adamw.pt",
+    }
+    model, _, _ = load("animals.pt")
+    samples = {title: sample(run.resolve() / file, model.class_names) for title, file in rows.items()}
+    return save_rows("choices", model.class_names, samples)
+
+
 def tiles(grid, size):
     """The first row of a grid that training wrote: (columns, C, size, size) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(grid)).permute(2, 0, 1)[:, 2 : 2 + size]
@@ -260,9 +275,11 @@ def prompts():
 
 PICTURES = {
     picture.__name__: picture
-    for picture in (animals, fashion_mnist, clothes, nearest, training_times, denoising_steps,
-                    denoising, inpainting, guidance, image_to_image, interpolation, prompts)
+    for picture in (animals, fashion_mnist, clothes, nearest, training_times, choices,
+                    denoising_steps, denoising, inpainting, guidance, image_to_image, interpolation,
+                    prompts)
 }
+OF_A_RUN = ("training_times", "choices")
 
 
 def make(name, run):
@@ -270,17 +287,17 @@ def make(name, run):
     if name == "clothes" and not (ddpm.HERE / "saved_models" / "clothes.pt").exists():
         print("clothes: left out, there is no saved_models/clothes.pt")
         return
-    if name == "training_times" and not run:
-        print("training_times: left out, there is no --run")
+    if name in OF_A_RUN and not run:
+        print(f"{name}: left out, there is no --run")
         return
-    path = training_times(run) if name == "training_times" else PICTURES[name]()
+    path = PICTURES[name](run) if name in OF_A_RUN else PICTURES[name]()
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}")
-    parser.add_argument("--run", type=Path, help="samples folder of a run, for training_times")
+    parser.add_argument("--run", type=Path, help=f"folder of a run, for {' and '.join(OF_A_RUN)}")
     arguments = parser.parse_args()
     for name in arguments.names or PICTURES:
         make(name, arguments.run)
