@@ -231,7 +231,8 @@ def generate_images(section, key, config, **edit):
 def about(key, text):
     """The text of the PNGs as a sentence, with the name of the model's file."""
     shown = text | dict(model=key[0].name)
-    return ", ".join(f"{name} {value}" for name, value in shown.items() if name != "version")
+    del shown["version"], shown["torch"]
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 def keep_images(pixels, frames, texts):
     """Images (N, C, H, W) uint8 as PNGs with these texts, a ZIP of them, and their animation."""

@@ -2996,7 +2996,7 @@ def png_text(config, num_steps, model, digest):
     """What a PNG sampled by `model` says about itself, {key: value}."""
     text = dict(seed=config.seed, sampler=config.sampler, steps=num_steps, spacing=config.spacing,
                 guidance=config.guidance, model=digest, weights="EMA" if config.ema else "plain",
-                version=torch.__version__)
+                version=__version__, torch=torch.__version__)
     if config.sampler == "ddim":
         text["eta"] = config.eta
     if model.class_names:

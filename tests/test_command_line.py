@@ -327,6 +327,8 @@ def test_sampling_writes_the_grid_the_trajectory_and_their_settings(
             and text["ddpm:steps"] == "2"
         )
         assert re.fullmatch("[0-9a-f]{12}", text["ddpm:model"])
+        versions = {"ddpm:version": ddpm.__version__, "ddpm:torch": torch.__version__}
+        assert versions.items() <= text.items()
         assert text["ddpm:eta"] == "0.0" and text["ddpm:classes"] == "all"
     gif = Image.open(tmp_path / "samples" / "denoising.gif")
     assert gif.n_frames >= 2
