@@ -151,7 +151,7 @@ class Config:
     min_snr: float = flag(4.0, "cap of snr in the loss weight 1 + snr of x0 (snr with eps); 0: off",
                           0, 1e6)
     detail_weight: float = flag(2.0, "weight in the loss of errors of differences between "
-                                "neighbouring pixels; 0: off", 0, 1000)
+                                "neighbouring pixels; 0: off, better with eps", 0, 1000)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
     channels: int = flag(32, "channels of the first stage (unet, simple)", 4, 4096)
     channel_mults: tuple[int, ...] = flag(
