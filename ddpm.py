@@ -40,6 +40,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import shlex
 import signal
 import sys
@@ -322,8 +323,6 @@ def check(config):
     check_diffusion(config)
     check_sampling(config)
     check_network(config)
-    require(any(getattr(config, name) for name in LENGTHS),
-            "No length of training: give one of --steps, --epochs, --minutes.")
     require(not (config.resume and config.init_from),
             "--resume continues a run and --init_from starts one: give one of them.")
 
@@ -829,7 +828,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [base_channels * mult for mult in channel_mults]
         kinds = [attention if i in attention_stages else "none" for i in range(len(widths))]
-        groups = group_count(widths)
+        groups = math.gcd(group_count(widths), base_channels)  # which the first block has
         embedding_dim = 4 * base_channels
         text_width = 2 * base_channels if vocabulary_size else 0
 
@@ -1283,7 +1282,7 @@ def folder_source(root, with_captions=True):
     class_number = {name: i for i, name in enumerate(class_names)}
     labels = np.array([class_number.get(p[0], -1) for p in parts])  # -1: in no sub-folder
     stats = [file.stat() if file.is_file() else None for file in files]  # None: see `open_file`
-    versions = [(stat.st_size, stat.st_mtime_ns) if stat else None for stat in stats]
+    versions = [stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]
     key = [str(root.resolve()), *zip(names, versions)]
     notes += [f"warning: {problem} cannot be read, and is left out" for problem in problems]
     if others:
@@ -1430,7 +1429,7 @@ def decode_all(source, chosen, config, path):
         pixels[row] = own_pixels  # in the file opened below
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.tmp")
     try:
         pixels = new_pixel_file(partial, shape)
         errors = for_each_row(decode_row, range(len(chosen)), "decoding")
@@ -1456,12 +1455,15 @@ def new_pixel_file(path, shape):
 def for_each_row(work, rows, description):
     """Call work(row) for every row, in threads. Returns {row: error message} of those that fail."""
     errors = {}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         futures = [pool.submit(work, row) for row in rows]
         for row, future in zip(rows, tqdm(futures, description, leave=False, delay=2)):
             error = future.exception()  # broken files make decoders raise anything
             if error:
                 errors[row] = f"{type(error).__name__}: {error}"
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, those that have not begun
     return errors
 
 class Images:
@@ -1668,7 +1670,7 @@ def atomic_write(path, write):
     """Call write(file) for a file that appears whole or not at all. Returns its absolute path."""
     path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(partial, "wb") as f:
             write(f)
@@ -1690,7 +1692,7 @@ def atomic_write(path, write):
 def remove_partial_files(folder, name):
     """Remove what a crash left of `atomic_write`, for files whose names match a pattern."""
     for path in folder.glob(".*.tmp"):
-        if re.fullmatch(rf"\.{name}\.\d+\.tmp", path.name):
+        if re.fullmatch(rf"\.{name}\.[0-9a-f]+\.tmp", path.name):
             path.unlink()
 
 def read_checkpoint(path):
@@ -1702,6 +1704,8 @@ def read_checkpoint(path):
             if f.testzip():
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):  # of a file that may be good
+        raise
     except Exception as e:  # bad bytes can raise anything
         raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors "
                         f"and plain values ({type(e).__name__}). Use another checkpoint.") from None
@@ -1825,7 +1829,7 @@ def step_folder(model_path):
 
 def step_files(folder):
     """The step checkpoints in a folder, oldest first: names of eight digits sort by step."""
-    return sorted(folder.glob("step_*.pt"))
+    return sorted(folder.glob(f"step_{8 * '[0-9]'}.pt"))
 
 def resumable_folder(model_path):
     """The folder with a model's step checkpoints: `step_folder` or, if that has none, what the
@@ -1835,27 +1839,27 @@ def resumable_folder(model_path):
         return folder
     return folder.with_name(Path(model_path).stem + "_steps")
 
-def find_resume(config):
+def find_resume(resume, model_path):
     """What --resume means, (path, checkpoint): the one named, or the latest that can be read."""
-    if config.resume != "latest":
-        return config.resume, read_checkpoint(config.resume)
-    folder = resumable_folder(config.model_path)
+    if resume != "latest":
+        return resume, read_checkpoint(resume)
+    folder = resumable_folder(model_path)
     for path in reversed(step_files(folder)):
         try:
             checkpoint = read_checkpoint(path)
         except UserError as e:
             print(printable(f"warning: {e} Trying the one before."), file=sys.stderr)
             continue
-        may_be_shared = folder != step_folder(config.model_path)  # see `resumable_folder`
+        may_be_shared = folder != step_folder(model_path)  # see `resumable_folder`
         written_for = Path(checkpoint["config"]["model_path"]).name
-        if not may_be_shared or written_for == Path(config.model_path).name:
+        if not may_be_shared or written_for == Path(model_path).name:
             return str(path), checkpoint
-    raise UserError(f"Nothing to resume in {step_folder(config.model_path)}: leave out --resume to "
+    raise UserError(f"Nothing to resume in {step_folder(model_path)}: leave out --resume to "
                     "start a run.")
 
 def set_aside(path):
     """Rename what an earlier run wrote, lest a new one overwrite it, and print its new name."""
-    if path.exists():
+    if path.is_file() or path.is_dir() and any(path.iterdir()):
         kept = free_path(path.with_name(f"{path.name}.previous"))
         path.rename(kept)
         print(f"kept      the earlier {path.name}, as {kept.name}")
@@ -2262,7 +2266,7 @@ class LossMeter:
             return {}
         quarters = [loss / n if n else None for loss, n in zip(losses, counts)]
         return dict(loss=sum(losses) / sum(counts), loss_quarters=quarters,
-                    images_per_s=round(sum(counts) / seconds, 1))
+                    images_per_s=float(f"{sum(counts) / seconds:.4g}"))
 
 def train(config):
     """Train and write model, checkpoints and images. Returns the model's path. UserError for what
@@ -2274,7 +2278,8 @@ def train(config):
 
 def resumed_config(given):
     """What --resume means, with the settings `given`: the Config and the checkpoint of the run."""
-    path, checkpoint = find_resume(override(Config(), **given))
+    model_path = given.get("model_path", Config.model_path)
+    path, checkpoint = find_resume(given["resume"], model_path)
     needed = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
     require(has_types(checkpoint, needed), f"{path} is a model to sample from, not all that is "
             f"needed to resume a run: give --resume one of {step_folder(path)}, or start a new run "
@@ -2341,12 +2346,15 @@ def train_run(config, checkpoint=None):
 def check_run(config, runtime):
     """UserError if the run would train on its own output, or its batches do not split up."""
     step_folder(config.model_path)  # fails if the path is no file's
+    lengths = [f"--{name}" for name in LENGTHS if getattr(config, name)]
+    require(len(lengths) == 1, "Give one of --steps, --epochs and --minutes as the length of "
+            f"training; here: {' and '.join(lengths) or 'none'}.")
     for name in ("individual", "gif", "init_image", "mask", "strength", "interpolate"):
         require(getattr(config, name) == FIELDS[name].default,
                 f"--{name} is for --mode sample: leave it out.")
     samples_dir = Path(config.samples_dir).resolve()
     data_path = Path(config.data_path).resolve()
-    require(not samples_dir.is_relative_to(data_path),
+    require(config.data_path in DATASETS or not samples_dir.is_relative_to(data_path),
             f"--samples_dir {samples_dir} is inside --data_path {data_path}, and what is written "
             "there would be trained on too: choose another folder.")
     n = runtime.world_size * config.grad_accum
@@ -2473,6 +2481,8 @@ def print_banner(config, state, runtime, abar_T, origin):
         print("warning: abar_T is above 0.01: sampling starts from purer noise than the network "
               "is trained on. Leave out --beta_start and --beta_end (a recipe's own go with "
               "--schedule cosine), or expect wrong colours")
+    if config.predict == "eps" and config.detail_weight:
+        print("note: --predict eps learns better with --detail_weight 0")
     if n < config.batch_size:
         print(f"warning: {n} images for a batch of {config.batch_size}: they repeat in it")
     if n < 1000:
@@ -2574,7 +2584,7 @@ class Previewer:
         """x0, evenly spaced t, eps and y of some rows, as `Diffusion.loss` takes them."""
         device = self.runtime.device
         x0, y = images.take(rows, device)
-        middles = (torch.arange(len(rows)) + 0.5) / max(len(rows), 1)
+        middles = (torch.arange(len(rows)) + 0.5) / len(rows)
         t = (middles * self.config.timesteps).long()
         eps = torch.randn(x0.shape, generator=generator)
         return x0, t.to(device), eps.to(device), y
@@ -2603,8 +2613,8 @@ class Previewer:
 def read_metrics(path):
     """The contents of a metrics.jsonl: (first line: configuration and versions, rows since)."""
     lines = []
-    with contextlib.suppress(ValueError):  # a last line that is being written, or was cut short
-        for line in Path(path).read_text(errors="replace").splitlines():
+    for line in Path(path).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # a line that is being written, or was cut short
             lines.append(json.loads(line))
     require(lines and isinstance(lines[0], dict) and "config" in lines[0],
             f"{path} is not the metrics.jsonl of a run.")
@@ -2751,7 +2761,11 @@ def read_prompts(config, vocabulary):
         prompts += [one_line(line) for line in lines if line.strip()]
         require(prompts, f"--prompts {config.prompts} is empty: write a caption a line.")
     check_words(prompts, vocabulary)
-    return list(dict.fromkeys(prompts))
+    prompts = list(dict.fromkeys(prompts))
+    if len(prompts) > config.num_samples:
+        print(f"note: the first {config.num_samples} of {len(prompts)} prompts are sampled; for "
+              f"all, give --num_samples {len(prompts)}")
+    return prompts
 
 def check_words(prompts, vocabulary):
     """UserError for a word that is not in the vocabulary, with those that are most like it."""
@@ -2901,6 +2915,8 @@ def sample_run(config, checkpoint, max_kept=math.inf):
           f"sampling  {config.num_samples} images, {config.sampler}, {num_steps} steps, seed "
           f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
           f"{runtime.precision}")
+    if config.num_samples > max_kept and not config.individual:
+        print(f"note: the grid shows the first {max_kept}; for all, give --individual FOLDER")
     text = png_text(config, num_steps, model, digest)
     texts = [text | dict(prompt=name) if model.vocabulary else text for name in names]
     mine = process_share(config.num_samples)
@@ -3179,6 +3195,7 @@ def axis_label(name):
 
 def smooth(values):
     """The mean of each value and up to len / 40 neighbours on either side, fewer at the ends."""
+    values = np.asarray(values)
     widths = [min(i, len(values) // 40) for i in range(len(values))]
     return [np.mean(values[i - width : i + width + 1]) for i, width in enumerate(widths)]
 
@@ -3318,15 +3335,15 @@ def explain(error):
         return str(error)
     if isinstance(error, OSError):
         return (f"{error.strerror or error} ({error.filename or 'while writing a file'}). What was "
-                "saved is safe. Make room or permit writing, or choose another --model_path, "
+                "saved is safe. Make room or permit access, or choose another --model_path, "
                 "--samples_dir or --download_dir.")
     text = str(error)
     # PyTorch has no exception type for every kind of missing memory, nor for lost processes.
     on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
     if isinstance(error, MemoryError) or on_gpu or "you tried to allocate" in text:
         where = "GPU memory" if on_gpu else "memory"
-        return (f"Out of {where}. Try --checkpointing, a larger --grad_accum, or less "
-                "--image_size, --channels, --sample_batch_size.")
+        return (f"Out of {where}. Try a smaller --sample_batch_size or, to train, --checkpointing, "
+                "a larger --grad_accum, or less --image_size or --channels.")
     if dist.is_initialized() and any(s in text.lower() for s in ("gloo", "nccl", "timed out")):
         return (f"The processes lost each other ({text.splitlines()[0]}). Fix what another one "
                 "reports, or the network between them; then start again (training: with --resume).")

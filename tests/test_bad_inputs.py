@@ -239,7 +239,7 @@ def test_flags_that_clash_with_a_model(
 
 def test_a_network_that_is_too_large(refused, image_folder, monkeypatch):
     monkeypatch.setattr(ddpm, "build_model", lambda *_: torch.empty(10**15))
-    refused(training(image_folder), "Out of memory", "less --image_size, --channels")
+    refused(training(image_folder), "Out of memory", "less --image_size or --channels")
 
 
 @pytest.mark.parametrize(
@@ -249,6 +249,15 @@ def test_an_error_that_is_a_bug_of_ours_is_not_hidden(main, image_folder, monkey
     monkeypatch.setattr(ddpm, "build_model", lambda *_: (_ for _ in ()).throw(RuntimeError(said)))
     with pytest.raises(RuntimeError, match=said):
         main(*training(image_folder))
+
+
+def test_a_folder_named_after_a_built_in_data_set_is_a_place_for_its_samples(main, monkeypatch):
+    """The data are in --download_dir, not in it."""
+    said = []
+    monkeypatch.setattr(ddpm, "load_images", lambda config, _: said.append(config.samples_dir) or 1)
+    with pytest.raises(AttributeError):  # of 1, which has no classes: so far it came
+        main("--mode train --data_path mnist --samples_dir mnist/samples --model_path mnist/m.pt")
+    assert said == ["mnist/samples"]
 
 
 # ---- what the known mistakes of the parser were

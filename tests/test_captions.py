@@ -328,11 +328,14 @@ def test_prompts_on_the_command_line(captioned, main, tmp_path, capsys):
         "--num_samples 3 --sampling_steps 2 --individual single",
     )
     assert sample(path, "--prompts", tmp_path / "list.txt", *own) == 0
+    assert "note" not in capsys.readouterr().out
     for i, prompt in enumerate(("a red square", "green", "a red square")):
         with Image.open(tmp_path / "single" / f"{i:05d}.png") as image:
             assert image.info["ddpm:prompt"] == prompt
+    assert sample(path, "--prompts", tmp_path / "list.txt", *own, "--num_samples 1") == 0
+    said = capsys.readouterr().out
+    assert "the first 1 of 2 prompts are sampled; for all, give --num_samples 2" in said
     (tmp_path / "empty.txt").write_text("\n")
-    capsys.readouterr()
     for flags, message in {
         ("--prompts", tmp_path / "empty.txt"): "is empty",
         ("--prompts", tmp_path / "none.txt"): "none.txt cannot be read",

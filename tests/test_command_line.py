@@ -243,11 +243,15 @@ def test_presets_have_the_published_settings(name, settings):
 
 
 @pytest.mark.quick
-def test_a_preset_is_overridden_by_flags_and_a_length_replaces_the_other():
+def test_a_preset_is_overridden_by_flags_and_a_length_replaces_the_other(monkeypatch):
     config = ddpm.preset("cifar10_resnet18", steps=10, lr=0.5)
     assert (config.steps, config.epochs, config.lr, config.batch_size) == (10, None, 0.5, 10)
     with pytest.raises(ddpm.UserError, match="steps.*minutes"):
         ddpm.preset("animals", steps=10, minutes=1)
+    monkeypatch.setattr(ddpm, "run_locks", lambda *_: pytest.fail("not refused"))
+    for both in ddpm.Config(minutes=1), ddpm.Config(steps=None):  # minutes beside the default steps
+        with pytest.raises(ddpm.UserError, match="one of --steps, --epochs and --minutes"):
+            ddpm.train(both)
     with pytest.raises(ddpm.UserError, match="no preset 'zoo'"):
         ddpm.preset("zoo")
 
@@ -588,7 +592,7 @@ def test_a_mistake_in_the_real_program_exits_with_its_code_and_no_traceback(prog
 def test_the_whole_program_is_short_enough_to_read():
     text = (ROOT / "ddpm.py").read_text()
     lines = text.splitlines()
-    assert len(lines) <= 3370 and max(map(len, lines)) <= 100
+    assert len(lines) <= 3390 and max(map(len, lines)) <= 100
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
     long = {f.name: n for f in functions if (n := f.end_lineno - f.lineno + 1) > 50}
     assert not long

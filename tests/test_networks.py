@@ -240,6 +240,18 @@ def test_pretrained_weights_that_cannot_be_had_are_an_error(monkeypatch):
         ddpm.ResNetUNet(3, pretrained=True)
 
 
+@pytest.mark.parametrize(
+    "base_channels, mults", [(20, (2, 4)), (40, (2, 4)), (36, (2, 4)), (6, (16,)), (80, (2, 2))]
+)
+def test_stages_may_be_divided_into_more_groups_than_the_first_layer(base_channels, mults):
+    stages = len(mults)
+    model = ddpm.UNet(3, base_channels, mults, 1, attention_stages=(stages - 1,))
+    side = 2 ** (stages - 1) * 4
+    out = model(torch.randn(1, 3, side, side), torch.tensor([5]))
+    out.sum().backward()
+    assert out.shape == (1, 3, side, side) and model.conv_in.weight.grad is not None
+
+
 # ---- all three
 
 

@@ -560,6 +560,17 @@ def test_a_sampling_keeps_only_what_it_shows(sample, monkeypatch):
     assert shown == [3] and len(tree("out")) == 6
 
 
+def test_a_sampling_says_that_its_grid_does_not_show_all(main, trained, monkeypatch, capsys):
+    monkeypatch.setattr(ddpm, "MAX_SHOWN", 3)
+    flags = "--mode sample --sampling_steps 2 --model_path"
+    for more, is_said in ("--num_samples 4", True), ("--num_samples 3", False):
+        assert main(flags, trained, more) == 0
+        note = "note: the grid shows the first 3; for all, give --individual FOLDER"
+        assert (note in capsys.readouterr().out) == is_said
+    assert main(flags, trained, "--num_samples 4 --individual out") == 0
+    assert "note" not in capsys.readouterr().out and len(tree("out")) == 4
+
+
 def test_the_function_returns_all_images(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ddpm, "MAX_SHOWN", 3)

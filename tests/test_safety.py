@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def train(main, image_folder, tmp_path):
 
 
 def steps(folder):
-    return sorted(int(p.stem[5:]) for p in Path(folder, "model.pt_steps").glob("step_*.pt"))
+    names = [p.stem for p in Path(folder, "model.pt_steps").glob("step_*.pt")]
+    return sorted(int(name[5:]) for name in names if name[5:].isdigit())
 
 
 def models(folder):
@@ -669,6 +671,65 @@ def test_files_have_the_rights_that_the_umask_leaves(train, main, tmp_path, mask
     assert set(modes.values()) == {expected} and any("decoded" in name for name in modes), modes
 
 
+def test_a_copy_of_a_checkpoint_with_a_name_of_its_own_is_no_step_of_the_run(train, tmp_path):
+    """It is not taken for the latest, and neither removed nor counted by --keep_last."""
+    assert train() == 0
+    folder = tmp_path / "run" / "model.pt_steps"
+    for name in ("step_00000002_good.pt", "step_best.pt"):
+        shutil.copy(folder / "step_00000001.pt", folder / name)
+    own = tree(folder)["step_best.pt"]
+    assert train("--resume --steps 4 --keep_last 1") == 0
+    assert steps(tmp_path / "run") == [2, 4]  # which it began from, and the last
+    assert tree(folder)["step_best.pt"] == tree(folder)["step_00000002_good.pt"] == own
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    train, tmp_path, monkeypatch, capsys
+):
+    """Nor is an earlier one taken instead of it, after which it would be set aside."""
+    assert train() == 0
+    newest = tmp_path / "run" / "model.pt_steps" / "step_00000002.pt"
+    before = tree(tmp_path)
+    real = zipfile.ZipFile
+
+    def opened(path):
+        if Path(path) == newest:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(zipfile, "ZipFile", opened)
+    assert train("--resume --steps 4") == 1
+    said = the_error(capsys)
+    assert "Permission denied" in said and newest.name in said and "damaged" not in said
+    assert tree(tmp_path) == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_leaves_nothing_to_set_aside(
+    train, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        before_step(patch, 0, lambda: pytest.fail("here"))
+        for _ in range(2):
+            with pytest.raises(pytest.fail.Exception):
+                train()
+    assert not list((tmp_path / "run" / "model.pt_steps").iterdir())
+    capsys.readouterr()
+    assert train() == 0
+    assert "earlier model.pt_steps" not in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("*.previous*"))
+
+
+def test_a_damaged_line_in_the_metrics_costs_no_other(train, tmp_path):
+    """As a disk that was full for a moment leaves it: a row cut short, and the next behind it."""
+    assert train("--steps 3 --log_every 1") == 0
+    path = tmp_path / "run" / "samples" / "metrics.jsonl"
+    head, first, second, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([head, first[:20] + second, *rest]) + "\n")
+    assert train("--resume --steps 4") == 0
+    _, rows = metrics(path.parent)
+    assert [row["step"] for row in rows] == [3, 4]
+
+
 # ---- the cache of decoded images
 
 
@@ -742,6 +803,73 @@ def test_two_folders_with_the_same_names_sizes_and_times_have_caches_of_their_ow
         os.utime(tmp_path / name / "0.bmp", ns=(10**18, 10**18))
     assert load(data_path=str(tmp_path / "a"))[0, 0].min() == 255
     assert load(data_path=str(tmp_path / "b"))[0, 0].max() == 0
+
+
+def test_an_image_that_has_become_readable_is_read(cached, image_folder, tmp_path, monkeypatch):
+    """Its size and time of change are the same, as after a change of its permissions."""
+    folder = tmp_path / "data"
+    shutil.copytree(image_folder, folder)
+    locked = next(folder.rglob("*.png"))
+    real = ddpm.open_image
+
+    def open_image(path):
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    settings = ddpm.preset(
+        "animals", data_path=str(folder), image_size=16, download_dir=str(tmp_path / "d")
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpm, "open_image", open_image)
+        assert ddpm.load_images(settings).num_unreadable == 1
+    locked.chmod(0o600)
+    assert ddpm.load_images(settings).num_unreadable == 0
+
+
+def test_an_image_replaced_by_one_of_its_size_and_time_is_decoded_anew(cached, tmp_path):
+    load = cached[0]
+    path = tmp_path / "one" / "0.bmp"
+    path.parent.mkdir()
+    for colour, channel in (((255, 0, 0), 0), ((0, 0, 255), 2)):
+        Image.new("RGB", (16, 16), colour).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+        assert load(data_path=str(path.parent))[0, channel].min() == 255
+
+
+def test_machines_with_equal_process_numbers_do_not_decode_into_one_file(
+    cached, tmp_path, monkeypatch
+):
+    """Two containers with one shared folder: each is the process of number 1 in its own."""
+    load, right, pixels, reasons = cached
+    pixels.unlink()
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    real, waiting = ddpm.new_pixel_file, []
+
+    def new_pixel_file(path, shape):
+        opened = real(path, shape)
+        if not waiting:  # the other one comes while this one has its file open
+            waiting.append(path)
+            assert torch.equal(load(), right)
+        return opened
+
+    monkeypatch.setattr(ddpm, "new_pixel_file", new_pixel_file)
+    assert torch.equal(load(), right) and waiting
+    assert sorted(p.name for p in pixels.parent.iterdir()) == sorted([pixels.name, reasons.name])
+
+
+def test_ctrl_c_does_not_wait_for_all_images_to_be_decoded():
+    done = []
+
+    def work(row):
+        if row == 100:  # all have been submitted
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        done.append(row)
+
+    with pytest.raises(KeyboardInterrupt):
+        ddpm.for_each_row(work, range(1000), "decoding")
+    assert len(done) < 500
 
 
 def test_an_interrupted_decoding_leaves_nothing_behind(cached, tmp_path, monkeypatch):

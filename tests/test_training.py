@@ -1117,6 +1117,22 @@ def test_a_run_fails_after_so_many_steps_in_a_row_that_are_not_finite(precision,
     assert meter.failed_step.item() == len(steps) - 2, "the first step at which it failed"
 
 
+def test_a_very_slow_training_has_a_speed_too(monkeypatch):
+    """One image in 100 seconds, as of large images on a small machine, is not 0 images/s."""
+    meter = ddpm.LossMeter(1000, ddpm.Runtime(torch.device("cpu"), "fp32", 0, 1))
+    meter.add(torch.ones(1), torch.tensor([3]))
+    meter.since -= 100
+    assert meter.read()["images_per_s"] == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("given, is_said", [("--predict eps", True), ("", False),
+                                            ("--predict eps --detail_weight 0", False)])
+def test_a_loss_that_does_not_suit_the_target_is_named(train, capsys, given, is_said):
+    assert train("--dry_run", given) == 0
+    note = "note: --predict eps learns better with --detail_weight 0"
+    assert (note in capsys.readouterr().out) == is_said
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 @pytest.mark.parametrize("log_every", ("1", "100"))
