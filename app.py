@@ -106,7 +106,9 @@ def choose_model():
         "Model",
         list(files),
         format_func=lambda path: describe(path, files[path]),
-        help="Yours in saved_models, the newest first, then those that come with ddpm.py.")
+        help="Yours in saved_models, the newest first, then those that come with ddpm.py.",
+        key="model",  # without, a new file in the list would undo the choice
+        persist_state="session")
     st.caption(card(path))
     return path, files[path]
 
@@ -201,6 +203,9 @@ def generate_images(section, key, config, **edit):
     kept then."""
     model, diffusion, _, precision = open_model(*key)
     ddpm.check(config)
+    num_prompts = len(set(config.prompt))
+    ddpm.require(num_prompts <= config.num_samples,
+                 f"{num_prompts} prompts need {num_prompts} images or more: raise Images.")
     labels, names = ddpm.sample_conditions(config, model)
     numbered = [f"{i} {name}" for i, name in enumerate(names, 1)]
     steps = len(ddpm.reverse_timesteps(config)) - 1
@@ -553,7 +558,13 @@ def follow(path):
 def watch():
     files = run_files()
     ddpm.require(files, "There is no run here yet: start one with python ddpm.py --mode train")
-    follow(st.selectbox("Run", files, format_func=lambda path: f"{path.parent}"))
+    path = st.selectbox(
+        "Run",
+        files,
+        format_func=lambda path: f"{path.parent}",
+        key="run",
+        persist_state="session")
+    follow(path)
 
 # --------------------------------------------------------------------------------------------- page
 
@@ -569,8 +580,10 @@ def errors_shown():
         yield
     except ddpm.UserError as e:
         st.error(str(e))
-    except torch.OutOfMemoryError:
-        st.error("Out of GPU memory: generate fewer images at a time.")
+    except (RuntimeError, MemoryError) as e:
+        if ddpm.explain(e) is None:  # a fault of the program
+            raise
+        st.error("Out of memory: generate fewer images at a time.")
     except OSError as e:  # a model or a run that has just gone
         st.error(f"{e.strerror or e} ({e.filename}). Reload the page.")
 

@@ -364,9 +364,10 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
     check_expressible(config, diffusion, model_path)
     require(not model.vocabulary, f"{model_path} was trained on captions, which diffusers cannot "
             "express as a UNet2DModel: train one with --no_captions.")
-    require("," not in (classes or ""),
+    labels = ddpm.class_labels(classes, model.class_names) if classes else [-1]
+    require(len(labels) == 1,
             f"--classes {classes}: give one, since a folder samples one class.")
-    label = ddpm.class_labels(classes, model.class_names)[0] if classes else -1
+    label = labels[0]
     index = dict(
         _class_name="DDPMPipeline",
         unet=["diffusers", "UNet2DModel"],

@@ -3273,8 +3273,8 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("--"):
                 name = "--" + name[2:].replace("-", "_")
             words.append(name + equals + value)
-        arguments = self.parse_args(words)
-        return {name: value for name, value in vars(arguments).items() if value is not None}
+        given = {name: v for name, v in vars(self.parse_args(words)).items() if v is not None}
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
     def add_settings(self, groups):
         """A flag for each setting. groups: {heading: names of fields of Config}."""
@@ -3378,7 +3378,6 @@ def main(argv=None):
     parser.add_settings(flag_groups())
     given = parser.parse(sys.argv[1:] if argv is None else argv)
     mode = given.pop("mode")
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     return run(lambda: run_mode(mode, given))
 
 if __name__ == "__main__":

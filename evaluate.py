@@ -171,6 +171,13 @@ def labels_of_model(images, model):
     table = [numbers.get(name, -1) for name in images.all_class_names]
     return torch.tensor([*table, -1])[images.labels]  # label -1 picks the last
 
+def labels_in_proportion(images, model, n):
+    """n labels of the model's classes, each as often as among the training images, which FID and
+    KID compare with; [] if it knows none of their classes."""
+    labels = labels_of_model(images, model)[np.sort(images.train)]
+    known = labels[labels >= 0].tolist()
+    return [known[len(known) * i // n] for i in range(n)] if known else []
+
 def measure_rows(setup, rows, strata):
     """What `summarise` returns for the images in some rows, which are measured a few at a time."""
     labels = labels_of_model(setup.images, setup.model)
@@ -456,7 +463,8 @@ def load(given, features_path):
     path = ddpm.find_model(given.get("model_path", ddpm.Config.model_path))
     checkpoint = ddpm.read_checkpoint(path)
     changes = {name for names in FLAGS.values() for name in names}
-    config = ddpm.sampling_config(checkpoint, path, given, changes)
+    all_kinds = dict(classes=None, prompt=(), prompts=None)  # training's are of its previews alone
+    config = ddpm.sampling_config(checkpoint, path, all_kinds | given, changes)
     ddpm.check(config)
     ddpm.warn_of_unused(config, given)
     with_features = features_path or "num_samples" in given
@@ -487,6 +495,8 @@ def load(given, features_path):
         rows = ddpm.evenly_spaced(images.train, config.num_samples)
         model.examples = [images.captions[row] for row in rows]
     labels, _ = ddpm.sample_conditions(config, model)
+    if model.class_names and not config.classes:
+        labels = labels_in_proportion(images, model, config.num_samples) or labels
     Path(config.samples_dir).mkdir(parents=True, exist_ok=True)  # fails now if that cannot be
     return Setup(
         path=path, trained_on=checkpoint.get("data"), config=config, runtime=runtime, model=model,

@@ -6,7 +6,6 @@ and the image's number, so the same command always draws the same images.
 """
 
 import argparse
-import itertools
 import json
 import math
 import random
@@ -900,17 +899,18 @@ def draw_captioned_image(shown, seed, index):
 def draw_captioned(out, count, seed, without):
     """Writes `count` captioned images and their captions, metadata.jsonl, to the folder."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "metadata.jsonl", "w") as lines:
+    captions = out / "metadata.jsonl"
+    earlier = captions.read_text().splitlines() if captions.exists() else []
+    for index in range(count, len(earlier)):  # images of an earlier, longer run
+        name = f"{index:05d}.png"
+        if json.loads(earlier[index]).get("file_name") == name:
+            (out / name).unlink(missing_ok=True)
+    with open(captions, "w") as lines:
         for index in range(count):
             shown, _, text = captioned(seed, index, without)
             name = f"{index:05d}.png"
             draw_captioned_image(shown, seed, index).save(out / name)
             lines.write(json.dumps({"file_name": name, "text": text, **shown}) + "\n")
-    for index in itertools.count(count):  # of an earlier, longer run: they are not in the captions any more
-        earlier = out / f"{index:05d}.png"
-        if not earlier.exists():
-            break
-        earlier.unlink()
 
 
 def draw_classes(out, count, seed):

@@ -201,6 +201,34 @@ def test_the_images_are_those_of_the_command_line(page, project):
         assert [archive.read(name) for name in archive.namelist()] == kept["images"]
 
 
+def test_a_new_model_does_not_take_the_place_of_the_chosen_one(page, project):
+    models = project / "saved_models"
+    shutil.copy(models / "tiny.pt", models / "chosen.pt")
+    os.utime(models / "chosen.pt", (1, 1))
+    at = page()
+    box = at.selectbox[0]
+    box.select(next(option for option in box.options if option.startswith("chosen.pt"))).run()
+    shutil.copy(models / "tiny.pt", models / "new.pt")  # as a training saves it meanwhile
+    labelled(at.number_input, "Images").set_value(1)
+    press(at)
+    assert at.selectbox[0].options[0].startswith("new.pt") and at.selectbox[0].value.name == "chosen.pt"
+    assert "model chosen.pt" in at.session_state["generated: Generate"]["about"]
+
+
+def test_memory_that_runs_out_gives_a_sentence_and_a_fault_of_ours_none(page, monkeypatch):
+    def fail(message):
+        def generate(*_, **__):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(ddpm, "generate", generate)
+        return page().button[0].click().run()
+
+    at = fail("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    assert "generate fewer images" in at.error[0].value and not at.exception
+    at = fail("shapes differ")
+    assert "shapes differ" in at.exception[0].value
+
+
 def test_every_setting_reaches_the_sampler(page, project):
     at = page()
     labelled(at.number_input, "Images").set_value(5)
@@ -413,6 +441,9 @@ def test_a_run_is_shown_as_it_goes(page, project):
     os.utime(path, (1, 1))
     at = page("Watch a run")
     assert at.get("progress")[0].proto.text == "Step 40, 100%: finished"
+    at.selectbox[0].select("deep/er").run()
+    run_of(project / "another", [row(10, 10)])  # begun meanwhile, and so the first in the list
+    assert str(at.run().selectbox[0].value.parent) == "deep/er"
 
 
 def test_a_run_that_stopped_or_has_just_started_or_is_no_run(page, project):

@@ -1,5 +1,6 @@
 """tests/tools/benchmark.py: its measures against closed forms, its table on tiny models."""
 
+import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -490,20 +491,45 @@ def test_images_of_the_prompts_score_as_drawings_do_and_shuffled_ones_by_chance(
     assert Image.open("s/sheet.png").width > 1000
 
 
-def test_a_model_of_captions_is_measured_and_one_of_classes_refused(run, model, tmp_path):
+@pytest.fixture
+def text_model(tmp_path):
+    """The path of an untrained model of the words of prompts."""
     prompts = benchmark.make_prompts(200, 0)
     vocabulary = sorted({word for p in prompts for word in ddpm.split_words(p.text)})
     config = ddpm.Config(channels=8, channel_mults=(1, 2), timesteps=50, sampling_steps=2)
     network = randomise(ddpm.build_model(config, 3, [], vocabulary))
     torch.save(dict(format=ddpm.FORMAT, config=dataclasses.asdict(config), channels=3, classes=[],
                     vocabulary=vocabulary, weights=network.state_dict()), tmp_path / "text.pt")
+    return tmp_path / "text.pt"
+
+
+def test_a_model_of_captions_is_measured_and_one_of_classes_refused(run, model, text_model):
     flags = "prompts --samples 4 --drawings 8 --classifier_images 64 --guidance 2 --model"
-    code, text, err = run(flags, tmp_path / "text.pt", "--sampling_steps 2")
+    code, text, err = run(flags, text_model, "--sampling_steps 2")
     assert code == 0, err
     assert len(table(text)) == 6
     code, _, err = run(flags, model)
     assert code == 1
     assert "was trained without captions" in err
+
+
+def test_a_prompt_that_occurs_twice_has_an_image_each_time(text_model, monkeypatch):
+    """Else all images behind it would be scored against another prompt than theirs."""
+    asked = [*benchmark.make_prompts(1, 0), *benchmark.make_prompts(4, 0)]
+    args = argparse.Namespace(seed=1, sampling_steps=2, sampler=None, spacing=None)
+    loaded = benchmark.load_captioned(text_model)
+    seen = []
+    monkeypatch.setattr(ddpm, "sample_images", lambda *given: seen.append(given[3]))
+    benchmark.sample_prompts(loaded, asked, 2.0, args)
+    assert seen == [ddpm.encode([p.text for p in asked], loaded[0].vocabulary)]
+    assert len(seen[0]) == 5
+
+
+def test_a_model_of_captions_is_refused_where_classes_are_measured(run, text_model, folder):
+    flags = "quality --num_samples 4 --classifier_images 64 --data"
+    code, _, err = run(flags, folder, "--model", text_model)
+    assert code == 1
+    assert "use the command prompts" in err
 
 
 def test_every_command_has_help(capsys):
@@ -534,6 +560,10 @@ def test_a_shrunk_model_knows_its_white_and_no_place_of_this_machine(trained, tm
     small = ddpm.read_checkpoint(shrink.shrink(tmp_path / "whole.pt", tmp_path / "small.pt"))
     assert small["white"] == 4095
     assert str(tmp_path.parent) not in str(small["config"])
+    whole["config"]["data_path"] = "/data"
+    torch.save(whole, tmp_path / "whole.pt")
+    small = ddpm.read_checkpoint(shrink.shrink(tmp_path / "whole.pt", tmp_path / "small.pt"))
+    assert small["config"]["data_path"] == "data"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "saved_models").glob("*.pt")), ids=lambda path: path.name)

@@ -430,6 +430,24 @@ def test_evaluate_measures_with_the_captions_of_the_images(captioned, tmp_path, 
     assert exit_code(evaluate.main, *flags, "--bpd_timesteps 2 --num_samples 4") == 0
 
 
+def test_evaluate_takes_prompts_and_none_that_training_had(captioned, tmp_path, monkeypatch):
+    data, path = captioned
+    saved = ddpm.read_checkpoint(path)
+    saved["config"]["prompt"] = ["a red square"]
+    torch.save(saved, tmp_path / "m.pt")
+    texts = []
+    real = ddpm.encode
+    monkeypatch.setattr(ddpm, "encode", lambda names, words: texts.append(names) or real(names, words))
+    flags = ("--model_path", tmp_path / "m.pt", "--data_path", data, "--samples_dir", tmp_path / "s")
+    for more, asked in (
+        ([], set(CAPTIONS.values())),
+        (["--prompt red yellow"], {"red", "yellow"}),
+    ):
+        texts.clear()
+        assert exit_code(evaluate.main, *flags, "--bpd_timesteps 2 --num_samples 12", *more) == 0
+        assert any(set(names) == asked for names in texts)
+
+
 def test_the_page_samples_prompts_and_names_a_word_never_read(
     captioned, tmp_path, monkeypatch
 ):
@@ -455,3 +473,10 @@ def test_the_page_samples_prompts_and_names_a_word_never_read(
     page.text_area[0].set_value("a bleu square")
     page.button[0].click().run()
     assert "bleu" in page.error[0].value and "blue" in page.error[0].value
+    page.text_area[0].set_value("a blue square\nyellow")
+    page.number_input[0].set_value(1)
+    page.button[0].click().run()
+    assert page.error[0].value == "2 prompts need 2 images or more: raise Images."
+    page.number_input[0].set_value(2)
+    page.button[0].click().run()
+    assert not page.error and not page.exception

@@ -252,6 +252,11 @@ def test_flags_that_fit_no_model_are_refused(run, capsys, classes, flags, expect
     assert not Path("d").exists()
 
 
+def test_a_class_may_have_a_comma_in_its_name(run):
+    checkpoint("m.pt", config_of(), classes=["cat,black", "dog"])
+    assert run("--to_diffusers d --model_path m.pt --classes cat,black") == 0
+
+
 def test_a_folder_is_written_whole_or_not_at_all_and_never_over_another(run, capsys, monkeypatch):
     checkpoint("m.pt", config_of())
     Path("full").mkdir()

@@ -28,6 +28,17 @@ def test_the_images_of_the_repository_are_drawn_again(kind, index):
     assert draw.draw_image(kind, 0, index).tobytes() == stored.tobytes()
 
 
+def test_captioned_drawings_remove_no_file_that_they_did_not_write(tmp_path):
+    """Samples of --individual have the same names."""
+    for name in ("00001.png", "00002.png"):
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "own.png", "text": "mine"}\n' * 3)
+    (tmp_path / "own.png").write_bytes(b"mine")
+    assert run_draw("--captions", "--count", 1, "--out", tmp_path).returncode == 0
+    for name in ("00001.png", "00002.png", "own.png"):
+        assert (tmp_path / name).read_bytes() == b"mine"
+
+
 def test_captioned_drawings_are_a_function_of_seed_and_index(tmp_path):
     for name, count in (("a", 4), ("b", 5), ("b", 3)):  # the last takes the place of the one before
         done = run_draw("--captions", "--count", count, "--seed", 5, "--out", tmp_path / name)
@@ -36,6 +47,7 @@ def test_captioned_drawings_are_a_function_of_seed_and_index(tmp_path):
     assert len(lines) == 4
     assert lines[:3] == (tmp_path / "b" / "metadata.jsonl").read_text().splitlines()
     assert len(list((tmp_path / "b").glob("*.png"))) == 3
+    assert not (tmp_path / "b" / "00004.png").exists()
     digests = set()
     for line in lines[:3]:
         row = json.loads(line)

@@ -628,6 +628,50 @@ def test_settings_come_from_the_checkpoint_unless_given(run, half_trained, tmp_p
     assert not any("fid" in numbers for numbers in after["sets"].values())  # not asked for
 
 
+def sampled_labels(monkeypatch):
+    """The labels that evaluate.py samples from now on, in a list."""
+    seen = []
+    real = ddpm.generate
+
+    def generate(model, diffusion, config, numbers, labels, *args):
+        seen.extend(labels)
+        return real(model, diffusion, config, numbers, labels, *args)
+
+    monkeypatch.setattr(ddpm, "generate", generate)
+    return seen
+
+
+@pytest.mark.parametrize("n", [8, 16, 24])
+def test_classes_are_sampled_as_often_as_the_images_have_them(
+    run, trained, image_folder, tmp_path, monkeypatch, n
+):
+    """Else FID and KID would measure the mixture: the model knows disc, square and stripes."""
+    for name, number in (("disc", 6), ("stripes", 2), ("unknown", 4)):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for i in range(number):
+            source = image_folder / ("square" if name == "unknown" else name) / f"{i}.png"
+            (tmp_path / "other" / name / f"{i}.png").write_bytes(source.read_bytes())
+    seen = sampled_labels(monkeypatch)
+    flags = ("--model_path", trained, "--sampling_steps 1 --data_path", tmp_path / "other")
+    assert run(*flags, f"--sample_batch_size {n} --num_samples {n}") == 0
+    assert [seen.count(label) for label in range(3)] == [n * 6 // 8, 0, n * 2 // 8]
+    seen.clear()
+    assert run(*flags, "--sample_batch_size 4 --num_samples 4 --classes square,disc") == 0
+    assert seen == [1, 0, 1, 0]
+
+
+def test_what_training_showed_in_its_previews_is_not_all_that_is_measured(
+    run, trained, tmp_path, monkeypatch
+):
+    saved = ddpm.read_checkpoint(trained)
+    saved["config"]["classes"] = "square"
+    torch.save(saved, tmp_path / "m.pt")
+    seen = sampled_labels(monkeypatch)
+    assert run("--model_path m.pt --num_samples 6 --sampling_steps 1") == 0
+    assert sorted(seen) == [0, 0, 1, 1, 2, 2]
+    assert result(tmp_path)["config"]["classes"] is None
+
+
 def test_without_validation_images_there_is_a_note(run, trained, tmp_path, capsys):
     assert run("--model_path", trained) == 0
     assert list(result(tmp_path)["sets"]) == ["training"]

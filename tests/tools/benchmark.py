@@ -428,6 +428,8 @@ class Subject:
 def ddpm_subject(path, real, args):
     """The Subject in a checkpoint of ddpm.py, with its own settings but for those in args."""
     model, diffusion, config = ddpm.load_model(path)
+    require(not model.vocabulary, f"{path} was trained on captions, and this measures classes: use "
+            "the command prompts.")
     channels = real.train.pixels.shape[1]
     require(model.image_channels == channels and config.image_size == real.image_size,
             f"{path} makes images of {model.image_channels} channels and {config.image_size} "
@@ -845,6 +847,7 @@ def print_missing(name, error):
 def samplers(args):
     """A table and a plot: the distance of samples from real images by sampler and number of
     evaluations."""
+    require(len(args.model) == 1, "--model: give one, since each sampler is a line of its plot.")
     [path] = args.model
     model, diffusion, config = ddpm.load_model(path)
     reference = make_reference(data_config(args, config), args)
@@ -1188,11 +1191,12 @@ def sample_prompts(loaded, prompts, guidance, args):
     """An image a prompt, uint8 (N, C, size, size)."""
     model, diffusion, config = loaded
     texts = tuple(p.text for p in prompts)
-    config = ddpm.override(config, prompt=texts, num_samples=len(texts), seed=args.seed,
-                           guidance=guidance, sampling_steps=args.sampling_steps,
+    config = ddpm.override(config, seed=args.seed, guidance=guidance,
+                           sampling_steps=args.sampling_steps,
                            sampler=args.sampler or config.sampler,
                            spacing=args.spacing or config.spacing)
-    labels, _ = ddpm.sample_conditions(config, model)
+    ddpm.check_words(texts, model.vocabulary)
+    labels = ddpm.encode(texts, model.vocabulary)  # also of prompts that occur twice
     precision = ddpm.choose_precision("auto", torch.device("cpu"))
     return ddpm.sample_images(model, diffusion, config, labels, precision)
 

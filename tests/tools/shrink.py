@@ -24,7 +24,7 @@ def shrink(source, target):
     config |= {name: getattr(ddpm.Config, name) for name in places}  # of this machine
     data = Path(config["data_path"])
     if data.is_absolute():
-        config["data_path"] = "/".join(data.parts[-2:])  # as in clothes/train
+        config["data_path"] = "/".join(data.parts[1:][-2:])  # as in clothes/train
     small["weights"] = {
         name: weight.half() if weight.is_floating_point() else weight
         for name, weight in weights.items()
