@@ -137,7 +137,8 @@ class Config:
                           change_on=RESUME)
     download_dir: str = flag("data", "folder for downloads and decoded images", change_on=RESUME)
     image_size: int | str = flag(64, "side of square images in pixels, or WIDTHxHEIGHT", 8, 1024)
-    resize: str = flag("crop", "how to resize images of another shape", choices="crop pad stretch")
+    resize: str = flag("crop", "how to resize images of another aspect ratio",
+                       choices="crop pad stretch")
     captions: bool = flag(True, "condition on captions, where there are any", change_on=RESUME)
     max_images: int | None = flag(None, "use at most N random images (default: all)", 1, 10**12)
     hflip: bool = flag(False, "mirror half of the training images, left to right")
@@ -149,8 +150,8 @@ class Config:
     beta_end: float | None = flag(None, "last beta (default: 0.02 * 1000 / T)", 1e-8, 0.999)
     predict: str = flag("x0", "what the network predicts", choices="eps x0 v")
     loss: str = flag("l2", "loss between prediction and target", choices="l2 l1 huber")
-    min_snr: float = flag(4.0, "cap of snr in the loss weight 1 + snr of x0 (snr with eps); 0: off",
-                          0, 1e6)
+    min_snr: float = flag(4.0, "cap g in the weight of errors of x0: 1 + min(snr, g), min(snr, g) "
+                          "with eps; 0: off", 0, 1e6)
     detail_weight: float = flag(2.0, "weight in the loss of errors of differences between "
                                 "neighbouring pixels; 0: off, better with eps", 0, 1000)
     arch: str = flag("unet", "network", choices="unet simple resnet18", group="network")
@@ -168,8 +169,8 @@ class Config:
     pretrained: bool = flag(False, "start the encoder from ImageNet weights, downloaded (resnet18)")
     steps: int | None = flag(1350, "length of training in steps", 1, 10**12, group="training",
                              change_on=RESUME)
-    epochs: float | None = flag(None, "its length in epochs instead", 1e-6, 1e9, change_on=RESUME)
-    minutes: float | None = flag(None, "its length in minutes instead", 1e-3, 1e7, change_on=RESUME)
+    epochs: float | None = flag(None, "or in epochs", 1e-6, 1e9, change_on=RESUME)
+    minutes: float | None = flag(None, "or in minutes", 1e-3, 1e7, change_on=RESUME)
     batch_size: int = flag(16, "images per optimiser step, over all processes", 1, 10**6)
     grad_accum: int = flag(1, "micro-batches per batch, to save memory", 1, 10**6, change_on=RESUME)
     lr: float = flag(2.5e-3, "learning rate after warm-up", 1e-9, 10, change_on=RESUME)
@@ -177,9 +178,9 @@ class Config:
     weight_decay: float = flag(0.0, "weight decay, decoupled with adamw", 0, 10)
     lr_schedule: str = flag("cosine", "learning rate after warm-up", choices="constant cosine")
     warmup_steps: int = flag(100, "steps over which the learning rate rises from 0", 0, 10**9)
-    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is off", 0, 1e9)
+    grad_clip: float = flag(1.0, "maximum gradient norm; 0 is off", 0, 1e9)
     ema_decay: float = flag(0.999, "largest decay of the EMA weights; 0 is off", 0, 0.999999)
-    precision: str = flag("auto", "number format of the network; auto: bf16 where it is built in",
+    precision: str = flag("auto", "number format of the network; auto: bf16 if native",
                           choices="auto fp32 bf16 fp16", change_on=BOTH)
     compile: bool = flag(False, "torch.compile the network: for long GPU runs", change_on=RESUME)
     checkpointing: bool = flag(False, "recompute activations for memory (unet)", change_on=RESUME)
@@ -202,7 +203,7 @@ class Config:
     sampler: str = flag("dpm++sde", "sampling algorithm", choices="ddpm ddim dpm++ dpm++sde",
                         change_on=BOTH)
     sampling_steps: int = flag(20, "steps from noise to image, at most T", 1, 10**5, change_on=BOTH)
-    spacing: str = flag("arcsine", "spacing of their timesteps: even, or denser at both ends",
+    spacing: str = flag("arcsine", "sampling timesteps: even, or denser at both ends",
                         choices="uniform arcsine", change_on=BOTH)
     eta: float = flag(0.0, "fresh noise in ddim: 0 none, 1 as much as ddpm", 0, 1, change_on=BOTH)
     classes: str | None = flag(None, "only these, as in lion,tiger (default: all)", change_on=BOTH)
@@ -1188,7 +1189,7 @@ def check_folder(root):
     remedy = f"give --data_path an image folder, or one of {', '.join(DATASETS)}"
     if root.name == PRESETS["animals_text"]["data_path"]:
         remedy = ("make it with python animal_data/draw.py --captions --count 5000 "
-                  f"--without unseen --out {root}")
+                  f"--seed 1 --without unseen --out {root}")
     require(root.is_dir(), f"No folder {root}: {remedy}.")
 
 def read_captions(files, others):
@@ -1707,8 +1708,9 @@ def read_checkpoint(path):
     except (PermissionError, MemoryError):  # of a file that may be good
         raise
     except Exception as e:  # bad bytes can raise anything
-        raise UserError(f"{path} cannot be read safely: it is damaged, or holds more than tensors "
-                        f"and plain values ({type(e).__name__}). Use another checkpoint.") from None
+        raise UserError(f"{path} cannot be read safely: it is damaged, or no checkpoint "
+                        f"of tensors and plain values ({type(e).__name__}). Use another "
+                        "checkpoint.") from None
     needed = dict(format=int, config=dict, weights=dict, classes=list, channels=int)
     require(isinstance(checkpoint, dict) and has_types(checkpoint, needed),
             f"{path} is not a checkpoint of ddpm.py: format number, configuration or weights are "
@@ -1777,6 +1779,10 @@ def sampling_config(checkpoint, path, given, changes=None):
     defaults = dict(samples_dir=Config.samples_dir, device=Config.device)
     if checkpoint["config"].get("precision") == "fp16":  # which not every machine has
         defaults["precision"] = Config.precision
+    similar = dict(steps="sampling_steps", batch_size="sample_batch_size", preset="model_path")
+    for name in given.keys() & similar:
+        raise UserError(f"--{name} is for --mode train: leave it out, or give "
+                        f"--{similar[name]}.")
     given = defaults | given | dict(model_path=str(path))
     return merged_config(checkpoint, path, given, changes or changeable("sample"))
 
@@ -1812,7 +1818,7 @@ def find_model(model_path):
     """The model to sample from: model_path, or by default the one that comes with ddpm.py."""
     shipped = HERE / "saved_models" / "animals.pt"
     if model_path == Config.model_path and not Path(model_path).exists() and shipped.exists():
-        print(f"There is no {model_path} yet: sampling from the model that comes with ddpm.py.")
+        print(f"There is no {model_path} yet: using the model that comes with ddpm.py.")
         return str(shipped)
     return model_path
 
@@ -1855,7 +1861,7 @@ def find_resume(resume, model_path):
         if not may_be_shared or written_for == Path(model_path).name:
             return str(path), checkpoint
     raise UserError(f"Nothing to resume in {step_folder(model_path)}: leave out --resume to "
-                    "start a run.")
+                    "start a run, or give the --model_path of the run to resume.")
 
 def set_aside(path):
     """Rename what an earlier run wrote, lest a new one overwrite it, and print its new name."""
@@ -2282,8 +2288,8 @@ def resumed_config(given):
     path, checkpoint = find_resume(given["resume"], model_path)
     needed = dict(ema=dict, optimizer=dict, scaler=dict, step=int, seconds=float)
     require(has_types(checkpoint, needed), f"{path} is a model to sample from, not all that is "
-            f"needed to resume a run: give --resume one of {step_folder(path)}, or start a new run "
-            f"with --init_from {path}.")
+            f"needed to resume a run: to do so give --resume --model_path {path}, or start a new "
+            f"run with --init_from {path}.")
     given = places_beside(path, checkpoint["config"]) | given | dict(resume=str(path))
     return merged_config(checkpoint, path, given, changeable("resume")), checkpoint
 
@@ -2486,7 +2492,7 @@ def print_banner(config, state, runtime, abar_T, origin):
     if n < config.batch_size:
         print(f"warning: {n} images for a batch of {config.batch_size}: they repeat in it")
     if n < 1000:
-        print(f"note: {n} images will be memorised; from about 1,000 on a model invents")
+        print(f"note: {n} images will be memorised; from about 1,000 on a model generalises")
     if origin:
         print(origin)
 
@@ -2524,9 +2530,9 @@ def print_forecast(state, images_per_s):
     if may_be_photos and num_images < ENOUGH_FOR_PHOTOS and from_scratch:
         enough = math.ceil(ENOUGH_FOR_PHOTOS / images_per_s / 60)
         smaller = ", --image_size 32" if max(image_sides(config.image_size)) > 32 else ""
-        tqdm.write(f"note: photos of unlike things show shapes from {ENOUGH_FOR_PHOTOS:,} images "
-                   f"on, and before that textures. Try --minutes {enough}{smaller}, or --init_from "
-                   "a model of photos, such as saved_models/clothes.pt")
+        tqdm.write(f"note: varied photos need about {ENOUGH_FOR_PHOTOS:,} images seen in training "
+                   f"before shapes appear, not only textures. Try --minutes {enough}{smaller}, or "
+                   "--init_from a model of photos, such as saved_models/clothes.pt")
 
 def progress_bar(state, runtime):
     """A bar of the steps, or of the seconds of --minutes."""
@@ -2745,7 +2751,8 @@ def sample_conditions(config, model):
         labels = encode(names, model.vocabulary)
     else:
         require(not config.prompt and not config.prompts,
-                "--prompt: the model was trained without captions; leave it out.")
+                "--prompt: the model was trained without captions; leave it out, or give another "
+                "--model_path, such as saved_models/animals_text.pt.")
         labels = class_labels(config.classes, model.class_names)
         names = [model.class_names[label] for label in labels] if model.class_names else [""]
     if config.interpolate is not None:  # all of them are of one kind
@@ -2772,7 +2779,7 @@ def check_words(prompts, vocabulary):
     for word in split_words(" ".join(prompts)):
         if word not in vocabulary:
             nearest = difflib.get_close_matches(word, vocabulary, 3)
-            nearest = nearest or evenly_spaced(vocabulary, 20)
+            nearest = nearest or evenly_spaced([w for w in vocabulary if len(w) > 2], 20)
             raise UserError(f"--prompt: the model has never read {word!r}. Give other words, such "
                             f"as {', '.join(nearest)}, of the {len(vocabulary)} that it knows.")
 
@@ -3261,7 +3268,10 @@ def print_files(files):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """Print one line and exit with code 2."""
+        """Print one line, with the flag that an unknown one may stand for, and exit with code 2."""
+        for word in re.findall(r"unrecognized arguments: (--\w+)", message):
+            for flag_meant in difflib.get_close_matches(word, self._option_string_actions, 1):
+                message += f" (did you mean {flag_meant}?)"
         print(f"error: {message}; see python {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 

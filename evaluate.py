@@ -587,7 +587,7 @@ def caveats(setup, measured):
         yield "the model does not say which images it was trained on"
     elif setup.trained_on != here:
         yield (f"the model was trained on other images ({setup.trained_on}; here {here}): "
-               "validation and training mean nothing to it")
+               "so the split into training and validation images does not apply")
     if any(numbers["bits"] > 8 for numbers in measured.sets.values()):
         yield ("above 8 bits the bound says nothing: at the least noise the predicted x0 is "
                "coarser than the decoder expects, as is usual with --predict x0; the samples can "

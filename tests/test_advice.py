@@ -111,15 +111,16 @@ def test_samples_inside_the_images_are_told_to_go_elsewhere(train, capsys, tmp_p
     assert train("--data_path", data, "--samples_dir", tmp_path / "elsewhere") == 0
 
 
-def test_a_model_to_resume_is_told_its_step_checkpoints_and_init_from(train, run, capsys, tmp_path):
+def test_a_model_to_resume_is_told_its_model_path_and_init_from(train, run, capsys, tmp_path):
     assert train() == 0
     capsys.readouterr()
     model = tmp_path / "run" / "model.pt"
     assert run("--mode train --resume", model, "--steps 3") == 1
-    folder, start = advice(capsys, r"give --resume one of (\S+), or .* with --init_from (\S+)\.$")
+    path, start = advice(
+        capsys, r"give --resume --model_path (\S+), or .* with --init_from (\S+)\.$"
+    )
     assert train("--model_path other.pt --samples_dir other --init_from", start) == 0
-    (latest,) = (tmp_path / folder).glob("step_*.pt")
-    assert run("--mode train --resume", latest, "--steps 3") == 0
+    assert run("--mode train --resume --model_path", path, "--steps 3") == 0
 
 
 def test_a_finished_run_goes_on_with_more_of_what_it_names(train, run, capsys, tmp_path):

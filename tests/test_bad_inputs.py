@@ -212,7 +212,7 @@ SAMPLING = [
     ("--channels 8", "--channels 8", "where it is 4: leave it out"),
     ("--image_size 32", "--image_size 32", "where it is 16: leave it out"),
     ("--predict eps", "--predict eps", "where it is v"),
-    ("--steps 5", "--steps 5", "leave it out"),
+    ("--steps 5", "--steps is for --mode train", "leave it out, or give --sampling_steps"),
     ("--sampling_steps 101", "--sampling_steps 101", "--timesteps 100"),
     ("--sampler euler", "euler", "choose from"),
     ("--individual notes.txt", "notes.txt", "choose another"),
@@ -650,12 +650,12 @@ def test_a_bad_checkpoint_starts_nothing(refused, image_folder, tmp_path, use, n
 
 
 def test_a_model_is_not_a_run_to_resume(refused, main, image_folder, tmp_path):
-    """--resume saved_models/x.pt is a likely slip: the error names the step checkpoints."""
+    """--resume saved_models/x.pt is a likely slip: the error names the flags."""
     assert main(*training(image_folder), "--model_path m/x.pt") == 0
     refused(
         "--mode train --resume m/x.pt --steps 3",
         "m/x.pt is a model to sample from",
-        "one of m/x.pt_steps",
+        "--resume --model_path m/x.pt",
         "--init_from",
     )
 

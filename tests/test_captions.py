@@ -340,7 +340,7 @@ def test_prompts_on_the_command_line(captioned, main, tmp_path, capsys):
         ("--prompts", tmp_path / "empty.txt"): "is empty",
         ("--prompts", tmp_path / "none.txt"): "none.txt cannot be read",
         ("--prompt", "a", "rde", "square"): "'rde'. Give other words, such as red,",
-        ("--prompt", "qqqq"): "such as ,, a, blue,",
+        ("--prompt", "qqqq"): "such as blue, green,",
         ("--classes", "lion"): "trained on captions, not on classes; give --prompt",
     }.items():
         assert sample(path, *flags, *own) == 1

