@@ -1041,7 +1041,7 @@ ADVICE = {  # about files that are no images
     "convert arrays to images": ".npy .npz .mat .h5 .hdf5 .pkl .parquet .tfrecord .csv",
     "for .heic: pip install pillow-heif": ".heic .heif"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-DECODER_VERSION = 6  # raised when `decode` gives other pixels, so that old caches are not used
+DECODER_VERSION = 7  # raised when `decode` gives other pixels, so that old caches are not used
 
 # Images before decoding. labels: (N,) ints, -1 for none; captions: N strings, "" for none; key:
 # changes whenever the images do; open(i): the PIL image; notes: sentences about what else there is.
@@ -1098,7 +1098,9 @@ def decode(image, image_size, channels, white=None, resize="crop"):
     height, width = image_sides(image_size)
     enough = 2 * max(height, width)
     image.draft(None, (enough, enough))  # a JPEG need not be decoded at full size
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # fails if the pixels are damaged
+    with contextlib.suppress(Exception):  # damaged EXIF raises anything
+        ImageOps.exif_transpose(image, in_place=True)
     if has_more_bits(image):
         image = to_8_bits(image, white or white_level(largest_value(image)))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -1810,7 +1812,7 @@ def load_model(path, device="cpu", ema=True):
     """What a checkpoint holds: (model in eval mode, diffusion, config); UserError if it is no good.
     ema: prefer the EMA weights. model.class_names, model.vocabulary: its classes, its words."""
     checkpoint = read_checkpoint(path)
-    config = stored_config(checkpoint, path)
+    config = override(stored_config(checkpoint, path), model_path=str(path))  # perhaps renamed
     model = model_from_checkpoint(checkpoint, path, ema)
     return model.to(device), make_diffusion(config, device), config
 
@@ -2336,10 +2338,10 @@ def train_run(config, checkpoint=None):
             checkpoint.clear()  # to free its memory
         diffusion = make_diffusion(config, runtime.device)
         print_banner(config, state, runtime, diffusion.abar_T, origin)
+        previewer = Previewer(config, images, diffusion, runtime)  # fails now if --classes is wrong
         if config.dry_run:
             dry_run(config, state, diffusion, runtime)
             return None
-        previewer = Previewer(config, images, diffusion, runtime)  # fails now if --classes is wrong
         logger = open_run(config, state) if runtime.is_main else None
         stop_signal = train_loop(config, state, diffusion, runtime, previewer, logger)
         if logger:
@@ -2584,7 +2586,9 @@ class Previewer:
         self.labels, self.names = sample_conditions(config, images)
         generator = torch.Generator().manual_seed(derive_seed(config.seed, Stream.PREVIEW))
         self.examples = self.fixed_batch(images, evenly_spaced(images.train, 8), generator)
-        self.validation = self.fixed_batch(images, evenly_spaced(images.validation, 256), generator)
+        rows = evenly_spaced(images.validation, 256)  # sorted by class, unlike the t of each
+        rows = np.random.default_rng(derive_seed(config.seed, Stream.PREVIEW)).permutation(rows)
+        self.validation = self.fixed_batch(images, rows, generator)
 
     def fixed_batch(self, images, rows, generator):
         """x0, evenly spaced t, eps and y of some rows, as `Diffusion.loss` takes them."""
@@ -2779,7 +2783,8 @@ def check_words(prompts, vocabulary):
     for word in split_words(" ".join(prompts)):
         if word not in vocabulary:
             nearest = difflib.get_close_matches(word, vocabulary, 3)
-            nearest = nearest or evenly_spaced([w for w in vocabulary if len(w) > 2], 20)
+            longer = [word for word in vocabulary if len(word) > 2]
+            nearest = nearest or evenly_spaced(longer or vocabulary, 20)
             raise UserError(f"--prompt: the model has never read {word!r}. Give other words, such "
                             f"as {', '.join(nearest)}, of the {len(vocabulary)} that it knows.")
 
@@ -2896,7 +2901,7 @@ def sample(config):
     checkpoint = read_checkpoint(path)
     given = {name: getattr(config, name) for name in changeable("sample")}
     conditional = checkpoint["classes"] or checkpoint["vocabulary"]
-    if config.guidance == Config.guidance and not conditional:  # default, not asked for
+    if config.guidance == preset(config.preset).guidance and not conditional:  # not asked for
         given["guidance"] = 1.0
     return sample_run(sampling_config(checkpoint, path, given), checkpoint)
 

@@ -347,6 +347,11 @@ def test_prompts_on_the_command_line(captioned, main, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_vocabulary_of_short_words_is_suggested_from_too():
+    with pytest.raises(ddpm.UserError, match="such as 犬, 猫, of the 2"):
+        ddpm.check_words(["鳥"], ["犬", "猫"])
+
+
 def test_a_class_model_refuses_prompts(trained, main, capsys):
     assert sample(trained, "--prompt", "disc") == 1
     assert "trained without captions" in capsys.readouterr().err

@@ -599,6 +599,25 @@ def test_a_flag_that_does_not_exist_names_the_one_that_was_meant(main, capsys, f
     assert "did you mean" not in said or meant
 
 
+@pytest.mark.parametrize("name", [name for name in ddpm.PRESETS if name != "cifar10_resnet18"])
+def test_guidance_that_only_the_recipe_gave_is_off_without_classes(
+    name, tmp_path, monkeypatch, image_folder
+):
+    monkeypatch.chdir(tmp_path)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, file in enumerate(sorted(image_folder.rglob("*.png"))):
+        shutil.copy(file, flat / f"{i}.png")
+    tiny = dict(data_path=str(flat), image_size=32, arch="simple", channels=4, steps=1, batch_size=4,
+                num_samples=2, sampling_steps=2, sample_every=9, download_dir="d", schedule="cosine")
+    config = ddpm.preset(name, **tiny)
+    ddpm.train(config)
+    assert len(ddpm.sample(config)) == 2
+    if config.guidance != 1:
+        with pytest.raises(ddpm.UserError, match="without classes"):
+            ddpm.sample(ddpm.override(config, guidance=3.0))
+
+
 @pytest.mark.parametrize("flags, meant", [
     ("--steps 50", "--sampling_steps"), ("--batch_size 3", "--sample_batch_size"),
     ("--preset fashion_mnist", "--model_path")])

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -406,6 +407,23 @@ def test_cmyk_becomes_rgb(tmp_path):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("kind", ["png", "webp", "jpg"])
+def test_damaged_exif_costs_no_image(tmp_path, kind):
+    """Blocks that are no TIFF, and a tag of a wrong type, which Pillow fails to write back."""
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    text = struct.pack("<HHI4s", 0x011A, 2, 3, b"72")  # XResolution, a rational
+    tiff = b"II*\0" + struct.pack("<IH", 8, 2) + turned + text + bytes(4)
+    block = b"Exif\0\0" + (tiff if kind == "jpg" else b"no TIFF at all")
+    path = tmp_path / f"p.{kind}"
+    Image.new("RGB", (32, 16), (255, 0, 0)).save(path, exif=block)
+    pixels = ddpm.load_image(str(path), 16, 3)
+    assert pixels.shape[-2:] == (16, 16)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ddpm.UserError):
+        ddpm.load_image(str(path), 16, 3)
+
+
 def test_the_orientation_in_exif_is_applied(tmp_path):
     """Orientation 6: the camera lay on its side, and the file's left edge is the image's top."""
     image = Image.new("RGB", (16, 16), "blue")

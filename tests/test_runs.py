@@ -571,6 +571,16 @@ def test_a_sampling_says_that_its_grid_does_not_show_all(main, trained, monkeypa
     assert "note" not in capsys.readouterr().out and len(tree("out")) == 4
 
 
+def test_a_renamed_model_is_the_one_that_its_config_samples(trained, tmp_path, monkeypatch):
+    """Also where a model of the name that it had in training is there too."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained, "renamed.pt")
+    _, _, config = ddpm.load_model("renamed.pt")
+    assert config.model_path == "renamed.pt"
+    pixels = ddpm.sample(ddpm.override(config, num_samples=2, sampling_steps=2, samples_dir="s"))
+    assert pixels.shape[2:] == (16, 16)
+
+
 def test_the_function_returns_all_images(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ddpm, "MAX_SHOWN", 3)

@@ -770,6 +770,13 @@ def test_the_validation_loss_is_measured_on_all_classes(tmp_path):
     ddpm.Previewer(config, images, ddpm.make_diffusion(config), runtime).make(model)
     labels = torch.cat([y for y in seen if len(y) == 64])
     assert len(labels) == 256 and 100 < (labels == 1).sum() < 156
+    early = (labels[:128] == 1).sum()  # the t of the batches rise
+    assert 40 < early < 88, "each class at all timesteps"
+
+
+def test_a_dry_run_finds_classes_that_do_not_exist(train, capsys):
+    assert train("--dry_run --classes lyon") == 1
+    assert "has no class 'lyon'" in capsys.readouterr().err
 
 
 def test_a_recipe_without_classes_trains_and_samples_from_python(image_folder, tmp_path):
