@@ -1357,6 +1357,9 @@ def decoded_images(config):
 def open_source(config):
     """The ImageSource of --data_path."""
     if config.data_path in DATASETS:
+        if Path(config.data_path).is_dir():
+            print(f"note: --data_path {config.data_path} is a known data set; for your folder of "
+                  f"that name, give --data_path ./{config.data_path}")
         return torchvision_source(config.data_path, config.download_dir)
     folder = Path(config.data_path)
     if config.data_path == Config.data_path and not folder.exists():
@@ -1937,7 +1940,7 @@ def differences(stored, config, names):
 def flag_text(name, value):
     """A setting as it is given on the command line, as in --channel_mults 1 2."""
     if value in (None, ()):
-        return f"no --{name}"
+        return f"the default --{name}"
     values = value if isinstance(value, tuple) else (value,)
     return f"--{name} {' '.join(map(str, values))}"
 
@@ -3359,6 +3362,10 @@ def explain(error):
         where = "GPU memory" if on_gpu else "memory"
         return (f"Out of {where}. Try a smaller --sample_batch_size or, to train, --checkpointing, "
                 "a larger --grad_accum, or less --image_size or --channels.")
+    if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
+        reason = " ".join(text.splitlines()[:2])
+        return (f"--compile failed ({reason}): PyTorch found no C++ compiler, or on a GPU no "
+                "Triton, that it can use. Install another, or give --no_compile.")
     if dist.is_initialized() and any(s in text.lower() for s in ("gloo", "nccl", "timed out")):
         return (f"The processes lost each other ({text.splitlines()[0]}). Fix what another one "
                 "reports, or the network between them; then start again (training: with --resume).")

@@ -3,6 +3,7 @@ should, or ends with an error code and one line that names the thing and the rem
 written over."""
 
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -240,6 +241,19 @@ def test_flags_that_clash_with_a_model(
 def test_a_network_that_is_too_large(refused, image_folder, monkeypatch):
     monkeypatch.setattr(ddpm, "build_model", lambda *_: torch.empty(10**15))
     refused(training(image_folder), "Out of memory", "less --image_size or --channels")
+
+
+def no_compiler(*_):
+    raise OSError("nothing to compile with")
+
+
+def test_a_machine_that_cannot_compile(refused, image_folder, monkeypatch):
+    """The error comes from PyTorch's own compiler, of which only the last part is replaced."""
+    compile = functools.partial(torch.compile, backend=no_compiler)
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(ddpm, "open_run", lambda *_: None)  # what it writes is no loss
+    flags = training(image_folder) + ["--compile"]
+    refused(flags, "--compile failed", "nothing to compile with", "give --no_compile")
 
 
 @pytest.mark.parametrize(

@@ -838,6 +838,19 @@ def test_a_blocked_download_says_where_to_put_the_files(tmp_path, monkeypatch, n
         ddpm.load_images(config(name, download_dir=str(tmp_path)))
 
 
+def test_a_folder_called_like_a_data_set_is_not_passed_over_in_silence(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "mnist").mkdir()
+    flat("RGB", "red").save(tmp_path / "mnist" / "p.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: 1 / 0)
+    with pytest.raises(ddpm.UserError):
+        ddpm.load_images(config("mnist", download_dir=str(tmp_path)))
+    advice = re.search(r"--data_path (\./\S+)$", capsys.readouterr().out.strip())[1]
+    assert ddpm.load_images(config(advice, download_dir=str(tmp_path))).num_found == 1
+
+
 @pytest.mark.skipif(
     "DDPM_TEST_DATA" not in os.environ,
     reason="DDPM_TEST_DATA names no folder with FashionMNIST/raw",

@@ -164,7 +164,7 @@ def test_images_are_written_before_plots(main, trained, monkeypatch, capsys):
         ("--predict eps", "--predict v"),
         ("--schedule linear", "--schedule cosine"),
         ("--timesteps 100", "--timesteps 50"),
-        ("--schedule linear --beta_end 0.5", "no --beta_end"),
+        ("--schedule linear --beta_end 0.5", "the default --beta_end"),
     ],
 )
 def test_weights_of_another_meaning_are_warned_of(train, trained, capsys, flags, named):
