@@ -3363,7 +3363,7 @@ def explain(error):
         return (f"Out of {where}. Try a smaller --sample_batch_size or, to train, --checkpointing, "
                 "a larger --grad_accum, or less --image_size or --channels.")
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
-        reason = " ".join(text.splitlines()[:2])
+        reason = " ".join(text.splitlines()[:2]).strip()
         return (f"--compile failed ({reason}): PyTorch found no C++ compiler, or on a GPU no "
                 "Triton, that it can use. Install another, or give --no_compile.")
     if dist.is_initialized() and any(s in text.lower() for s in ("gloo", "nccl", "timed out")):

@@ -2,6 +2,7 @@
 failures."""
 
 import copy
+import functools
 import io
 import json
 import os
@@ -367,6 +368,27 @@ def test_two_processes_see_the_gradient_of_one_with_two_micro_batches(
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
     assert said.count("Wrote:") == said.count("plan  ") == 1, "only the first process prints"
+
+
+@pytest.mark.parametrize("flags", ("--grad_accum 2", slow("--arch simple --batch_size 8")))
+def test_a_compiled_network_trains_to_the_same_weights(train, tmp_path, monkeypatch, flags):
+    """PyTorch's compiler up to the machine code, which needs more than PyTorch: the network is one
+    graph, compiled once, and that is what trains."""
+    graphs = []
+    calls = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return lambda *inputs: calls.append(1) or graph(*inputs)
+
+    compile = functools.partial(torch.compile, backend=backend, fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile)
+    assert train("--steps 3", flags, name="plain") == 0 and not graphs
+    assert train("--steps 3 --compile", flags, name="compiled") == 0
+    assert len(graphs) == 1 and len(calls) == 3 * (2 if "accum" in flags else 1)
+    plain, compiled = (last_step(tmp_path / name) for name in ("plain", "compiled"))
+    for kind in ("weights", "ema", "optimizer"):
+        assert not differences(plain[kind], compiled[kind])
 
 
 @pytest.mark.parametrize("before, after", [(1, 2), slow(2, 1)])
