@@ -194,7 +194,7 @@ class Config:
     log_every: int = flag(20, "steps between lines of metrics.jsonl", 1, 10**9, change_on=RESUME)
     keep_last: int = flag(2, "step checkpoints to keep", 1, 10**6, change_on=RESUME)
     logger: str = flag("none", "also log to", choices="none tensorboard wandb", change_on=RESUME)
-    dry_run: bool = flag(False, "check data and memory with one step, then exit", change_on=RESUME)
+    dry_run: bool = flag(False, "check data and memory in two steps, then exit", change_on=RESUME)
     model_path: str = flag("saved_models/denoise_model.pt", "what train writes and sample reads",
                            group="places", change_on=BOTH)
     samples_dir: str = flag("samples", "folder for images, plots and metrics.jsonl", change_on=BOTH)
@@ -815,7 +815,8 @@ class Upsample(nn.Module):
         kernel = self.conv.weight                                           # (C, C, 3, 3)
         kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))  # (C, C, 4, 3)
         kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))              # (C, C, 4, 4)
-        transposed = kernel.flip(2, 3).transpose(0, 1)  # as conv_transpose2d lays it out
+        # As conv_transpose2d lays it out; MPS misreads some views (pytorch#192212), hence the copy.
+        transposed = kernel.flip(2, 3).transpose(0, 1).contiguous()
         return F.conv_transpose2d(x, transposed, self.conv.bias, stride=2, padding=1)
 
 class UNet(nn.Module):
@@ -1965,8 +1966,11 @@ def start_runtime(config):
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
+        require(device.type != "mps", "Several processes cannot share --device mps: start one "
+                "without torchrun, or give --device cpu.")
         # What is on the CPU goes by gloo even beside GPUs, and does not wait for them.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        has_nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
+        backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # while one decodes
     return Runtime(device, precision, rank, world_size)
 
@@ -2218,8 +2222,11 @@ class TrainState:
                 f"{self.images.white}: restore them, or start a new run with --init_from.")
         load_weights(self.model, checkpoint["weights"], path)
         load_weights(self.ema, checkpoint["ema"], path)
+        fused = self.optimizer.param_groups[0]["fused"]  # as it suits this device
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["fused"] = fused
             if checkpoint["scaler"] and self.scaler.is_enabled():  # fp16 then and now
                 self.scaler.load_state_dict(checkpoint["scaler"])
         except Exception as e:  # they do not check what they are given
@@ -2382,6 +2389,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
     """Train to the end or a stop request. Returns its signal, or 0. logger: None unless is_main."""
     meter = LossMeter(diffusion.T, runtime)
     start_step = state.step
+    forecast_due = True
     state.started = time.monotonic()  # --minutes counts from here
     with stop_requests() as stop, progress_bar(state, runtime) as bar:
         while True:
@@ -2399,8 +2407,10 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                 means = meter.read()
                 if logger and means:
                     logger.log_training(state, means)
-                    if not bar.postfix:  # the first time
-                        print_forecast(state, means["images_per_s"])
+                    if forecast_due and state.step > start_step + 1:
+                        num_images = (state.step - start_step - 1) * config.batch_size
+                        print_forecast(state, num_images / (time.monotonic() - warm_since))
+                        forecast_due = False
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             if save_due and logger:  # first: a preview can outlast the time from SIGTERM to SIGKILL
                 logger.files += state.save()
@@ -2415,6 +2425,8 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             # -------------------------------------------------------------------- one training step
             state.lr = learning_rate(config, state.step, progress)
             train_step(config, state, diffusion, runtime, meter)
+            if state.step == start_step + 1:
+                warm_since = time.monotonic()  # the first step starts up libraries, or compiles
             bar.update(round(state.progress() * bar.total) - bar.n)  # in steps, or seconds
 
 def train_step(config, state, diffusion, runtime, meter):
@@ -2452,9 +2464,12 @@ def train_step(config, state, diffusion, runtime, meter):
     return x0, losses.detach()
 
 def dry_run(config, state, diffusion, runtime):
-    """One training step that writes nothing, and what it took."""
-    state.lr = learning_rate(config, state.step, state.progress())
-    x0, losses = train_step(config, state, diffusion, runtime, LossMeter(diffusion.T, runtime))
+    """Two training steps that write nothing, and what they took: the memory of the optimiser's
+    state counts from the second on."""
+    meter = LossMeter(diffusion.T, runtime)
+    for _ in range(2):
+        state.lr = learning_rate(config, state.step, state.progress())
+        x0, losses = train_step(config, state, diffusion, runtime, meter)
     print(f"dry run   in and out {tuple(x0.shape)}, from {x0.min():.2f} to {x0.max():.2f}; loss "
           f"{losses.mean():.3f}; peak memory {peak_memory(runtime.device)} MB. No model written")
     leave_processes()
@@ -2697,8 +2712,11 @@ class MetricsLogger:
     def log_training(self, state, means):
         """A row about training since the last one. means: of LossMeter.read."""
         device = next(state.model.parameters()).device
+        grad_norm = state.grad_norm.item()
+        if not math.isfinite(grad_norm):  # of a step that fp16 left out; JSON has no infinity
+            grad_norm = None
         self.log(state, epoch=round(state.epochs(), 3), lr=state.lr,
-                 grad_norm=state.grad_norm.item(), memory_mb=peak_memory(device), **means)
+                 grad_norm=grad_norm, memory_mb=peak_memory(device), **means)
 
     def log_preview(self, state, preview):
         """Write the grids of a Preview, its validation loss and the loss graph."""
@@ -3357,7 +3375,8 @@ def explain(error):
                 "--samples_dir or --download_dir.")
     text = str(error)
     # PyTorch has no exception type for every kind of missing memory, nor for lost processes.
-    on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or re.search(
+        "out of memory|ALLOC_FAILED|Invalid buffer size|find an engine|valid cuDNN algorithm", text)
     if isinstance(error, MemoryError) or on_gpu or "you tried to allocate" in text:
         where = "GPU memory" if on_gpu else "memory"
         return (f"Out of {where}. Try a smaller --sample_batch_size or, to train, --checkpointing, "

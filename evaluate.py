@@ -224,9 +224,10 @@ def to_vectors(pixels, device):
     in grey levels; images of more than 64 pixels are averaged down to that."""
     size = [min(64, side) for side in pixels.shape[2:]]
     parts = []
+    where = "cpu" if torch.device(device).type == "mps" else device  # MPS pools to few sizes only
     for part in pixels.split(64):
-        centred = part.to(device).float() - 127.5
-        parts.append(F.adaptive_avg_pool2d(centred, size).flatten(1))
+        centred = part.to(where).float() - 127.5
+        parts.append(F.adaptive_avg_pool2d(centred, size).flatten(1).to(device))
     return torch.cat(parts) / parts[0].shape[1] ** 0.5
 
 def nearest(pixels, images, config, device, own=None):

@@ -243,6 +243,22 @@ def test_a_network_that_is_too_large(refused, image_folder, monkeypatch):
     refused(training(image_folder), "Out of memory", "less --image_size or --channels")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Unable to find a valid cuDNN algorithm to run convolution",
+        "GET was unable to find an engine to execute this computation",
+        "Invalid buffer size: 12.25 GiB",
+        "MPS backend out of memory (MPS allocated: 8.00 GB, max allowed: 9.07 GB)",
+    ],
+)
+def test_a_gpu_without_memory_by_all_its_names(refused, image_folder, monkeypatch, said):
+    monkeypatch.setattr(ddpm, "build_model", lambda *_: (_ for _ in ()).throw(RuntimeError(said)))
+    refused(training(image_folder), "Out of GPU memory", "--grad_accum")
+
+
 def no_compiler(*_):
     raise OSError("nothing to compile with")
 

@@ -415,7 +415,7 @@ def combinations():
                 yield large if few else slow(*large)
 
 
-@pytest.mark.parametrize("make, schedule, predict, loss", combinations())
+@pytest.mark.parametrize("make, schedule, predict, loss", list(combinations()))
 def test_any_combination_of_schedule_prediction_and_loss_learns(make, schedule, predict, loss):
     """A few steps on one batch at a fixed timestep lower its loss."""
     model, size = build(make, 1, 2).train(), 32 if make is ddpm.ResNetUNet else 16
@@ -432,3 +432,22 @@ def test_any_combination_of_schedule_prediction_and_loss_learns(make, schedule, 
         losses[-1].backward()
         optimizer.step()
     assert losses[-1].isfinite() and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("arch", ("unet", "simple", "resnet18"))
+def test_convolutions_get_their_weights_in_one_piece(arch):
+    """MPS misreads some that are views (pytorch#192212)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    pieces = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.convolution:
+                pieces.append(args[1].is_contiguous())
+            return func(*args, **(kwargs or {}))
+
+    model = ddpm.build_model(ddpm.Config(arch=arch, image_size=32), 3, [])
+    with Watch():
+        model(torch.randn(2, 3, 32, 32), torch.tensor([0, 5]))
+    assert len(pieces) > 5 and all(pieces)

@@ -940,6 +940,86 @@ def test_the_first_steps_say_how_long_the_run_takes(train, capsys):
     assert said.count("speed ") == 1 and "12 images in" in said
 
 
+def test_the_forecast_does_not_count_the_first_step(train, monkeypatch):
+    """Which starts up libraries, or compiles: it takes a hundred seconds here, each other one two."""
+    step = ddpm.train_step
+    now = [0.0]
+
+    def timed_step(config, state, *others):
+        now[0] += 2 if state.step else 100
+        return step(config, state, *others)
+
+    rates = []
+    monkeypatch.setattr(ddpm, "train_step", timed_step)
+    monkeypatch.setattr(ddpm, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    monkeypatch.setattr(ddpm, "print_forecast", lambda state, rate: rates.append(rate))
+    assert train("--steps 9 --log_every 5 --save_every 1 --batch_size 4 --sample_every 100") == 0
+    assert rates == [2.0]
+
+
+def test_a_step_that_fp16_left_out_is_logged_as_json(train, tmp_path, monkeypatch):
+    step = ddpm.train_step
+
+    def overflowing_step(config, state, *others):
+        result = step(config, state, *others)
+        state.grad_norm = torch.tensor(float("inf"))
+        return result
+
+    monkeypatch.setattr(ddpm, "train_step", overflowing_step)
+    assert train("--steps 1") == 0
+    for line in (tmp_path / "run" / "samples" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert row["step"] == 1 and row["grad_norm"] is None
+
+
+def test_a_dry_run_counts_the_memory_of_the_optimiser(train, monkeypatch):
+    """The second step has its state from the start."""
+    had_state = []
+    step = ddpm.train_step
+
+    def noting_step(config, state, *others):
+        had_state.append(bool(state.optimizer.state))
+        return step(config, state, *others)
+
+    monkeypatch.setattr(ddpm, "train_step", noting_step)
+    assert train("--dry_run") == 0 and had_state == [False, True]
+
+
+@pytest.mark.parametrize("optimizer", ("adam", slow("adamw"), "muon"))
+def test_a_run_that_moves_to_another_device_uses_the_optimiser_made_for_that(
+    train, tmp_path, monkeypatch, optimizer
+):
+    """fused is no setting of the run: MPS does without, and fp16 fails without."""
+    assert train("--steps 2 --optimizer", optimizer) == 0
+    path = next((tmp_path / "run" / "model.pt_steps").glob("*.pt"))
+    saved = checkpoint(path)
+    saved["optimizer"]["param_groups"][0]["fused"] = False
+    torch.save(saved, path)
+    states = []
+    save = ddpm.TrainState.save
+    monkeypatch.setattr(ddpm.TrainState, "save", lambda self: states.append(self) or save(self))
+    assert train("--steps 3 --resume") == 0
+    assert [group["fused"] for group in states[-1].optimizer.param_groups] == [True]
+
+
+def test_processes_cannot_share_the_gpu_of_a_mac(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ddpm, "choose_device", lambda name: torch.device("mps"))
+    with pytest.raises(ddpm.UserError, match="give --device cpu"):
+        ddpm.start_runtime(ddpm.Config(precision="fp32"))
+
+
+@pytest.mark.parametrize("has_nccl, backend", [(True, "cpu:gloo,cuda:nccl"), (False, "gloo")])
+def test_gpus_without_nccl_communicate_by_gloo(monkeypatch, has_nccl, backend):
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ddpm, "choose_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(ddpm.dist, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(ddpm.dist, "init_process_group", lambda name, **_: asked.append(name))
+    ddpm.start_runtime(ddpm.Config(precision="fp32"))
+    assert asked == [backend]
+
+
 @pytest.mark.parametrize(
     "length, num_images, expected",
     [
