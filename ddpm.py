@@ -2390,6 +2390,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
     meter = LossMeter(diffusion.T, runtime)
     start_step = state.step
     forecast_due = True
+    warm_since = None  # when the first step ended, which starts up libraries, or compiles
     state.started = time.monotonic()  # --minutes counts from here
     with stop_requests() as stop, progress_bar(state, runtime) as bar:
         while True:
@@ -2426,7 +2427,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             state.lr = learning_rate(config, state.step, progress)
             train_step(config, state, diffusion, runtime, meter)
             if state.step == start_step + 1:
-                warm_since = time.monotonic()  # the first step starts up libraries, or compiles
+                warm_since = time.monotonic()
             bar.update(round(state.progress() * bar.total) - bar.n)  # in steps, or seconds
 
 def train_step(config, state, diffusion, runtime, meter):
