@@ -4,13 +4,16 @@ hands its values on to them. A setting that were ignored would pass every other 
 import types
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, checkpoint, metrics, places, words
 from PIL import Image
 
+import convert
 import ddpm
+import evaluate
 
 
 def train(folder, data, *flags):
@@ -446,3 +449,126 @@ def test_models_of_before_took_65535_as_white(tmp_path):
     assert ddpm.read_checkpoint(tmp_path / "old.pt")["white"] == 65535
     torch.save(saved | dict(white=1023), tmp_path / "new.pt")
     assert ddpm.read_checkpoint(tmp_path / "new.pt")["white"] == 1023
+
+
+# ---- the programs beside it
+
+
+class CountingMeter:
+    """Stands for evaluate.FidAndKid: how many features of real images and of samples it got."""
+
+    def __init__(self):
+        self.counts = {"fid": [0, 0], "kid": [0, 0]}
+        for name in self.counts:
+            setattr(self, name, types.SimpleNamespace(update=self.updater(name)))
+
+    def updater(self, name):
+        def update(features, real):
+            self.counts[name][real] += len(features)
+
+        return update
+
+
+def test_fid_is_of_all_images_and_kid_of_as_many_as_it_can_keep(monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_KID", 100)
+    meter = CountingMeter()
+    pixels = torch.zeros(230, 1, 2, 2)
+    for real in (True, False):
+        evaluate.add_features(
+            lambda p: p.flatten(1), lambda rows: pixels[rows], np.arange(230), real, [meter], 0
+        )
+    assert meter.counts == {"fid": [230, 230], "kid": [100, 100]}
+
+
+def test_no_more_samples_are_compared_than_it_says(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_COMPARED", 18)
+    config = ddpm.Config(data_path=str(image_folder), image_size=16, download_dir=str(tmp_path))
+    images = ddpm.load_images(config)
+    numbers, _ = evaluate.copying(images.pixels[:20], images, config, "cpu")
+    assert numbers["samples"] == numbers["real"] == 18
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_bound_is_measured_in_the_precision_given(precision):
+    enabled = []
+
+    def model(x, t, y):
+        enabled.append(torch.is_autocast_enabled("cpu"))
+        return x
+
+    diffusion = ddpm.Diffusion(ddpm.make_betas("linear", 10), "x0")
+    x0 = torch.zeros(2, 1, 4, 4)
+    strata = evaluate.make_strata(10, 2)
+    evaluate.measure_batch(model, diffusion, x0, None, np.arange(2), strata, 0, precision)
+    assert set(enabled) == {precision == "bf16"}
+
+
+def setup_for_evaluation(model_path, image_folder, tmp_path, seed=0):
+    """What evaluate.py measures with, as far as `measure_rows`, `describe` and `caveats` need it."""
+    model, diffusion, config = ddpm.load_model(model_path)
+    config = ddpm.override(
+        config, data_path=str(image_folder), download_dir=str(tmp_path), seed=seed
+    )
+    images = ddpm.load_images(config)
+    runtime = ddpm.Runtime(torch.device("cpu"), "fp32", 0, 1)
+    num_values = images.pixels[0].numel()
+    return types.SimpleNamespace(
+        model=model, diffusion=diffusion, config=config, images=images, runtime=runtime,
+        num_values=num_values, missing=None, trained_on=images.fingerprint, path=model_path,
+        features=None)
+
+
+def test_the_bound_is_measured_with_the_noise_of_the_seed(model_path, image_folder, tmp_path):
+    bits = []
+    for seed in (0, 0, 1):
+        setup = setup_for_evaluation(model_path, image_folder, tmp_path, seed)
+        strata = evaluate.make_strata(setup.diffusion.T, 3)
+        bits.append(evaluate.measure_rows(setup, np.arange(4), strata)["bits"])
+    assert bits[0] == bits[1] != bits[2]
+
+
+def test_an_evaluation_says_which_timesteps_and_images_it_is_of(model_path, image_folder, tmp_path):
+    setup = setup_for_evaluation(model_path, image_folder, tmp_path)
+    T = setup.diffusion.T
+    for n, said in ((5, "t = 0 and 5 ranges of timesteps"), (T - 1, "every timestep")):
+        measured = types.SimpleNamespace(strata=evaluate.make_strata(T, n), num_samples=2, sets={})
+        assert said in evaluate.describe(setup, measured)["bound"]
+    unknown = "the model does not say which images it was trained on"
+    for trained_on, said in ((setup.trained_on, ""), (None, unknown), ("others", "other images")):
+        setup.trained_on = trained_on
+        text = " ".join(evaluate.caveats(setup, measured))
+        assert said in text and (unknown in text) == (said == unknown)
+
+
+def test_evaluation_takes_all_that_sampling_depends_on():
+    given = {name for names in evaluate.FLAGS.values() for name in names}
+    for_one_sampling = {"individual", "gif", "init_image", "strength", "mask", "interpolate"}
+    assert given == ddpm.changeable("sample") - for_one_sampling | {"data_path", "download_dir"}
+
+
+@pytest.mark.parametrize("flags, kind", [("", "ema"), ("--no_ema", "weights")])
+def test_diffusers_gets_the_weights_asked_for(model_path, tmp_path, flags, kind):
+    folder = tmp_path / "theirs"
+    given = words("--to_diffusers", folder, "--model_path", model_path, flags)
+    assert convert.main(given) == 0
+    theirs = convert.import_safetensors().load_file(
+        folder / "unet" / "diffusion_pytorch_model.safetensors")
+    ours = checkpoint(model_path)
+    other = "weights" if kind == "ema" else "ema"
+    assert torch.equal(theirs["conv_in.weight"], ours[kind]["conv_in.weight"])
+    assert not torch.equal(theirs["conv_in.weight"], ours[other]["conv_in.weight"])
+
+
+def test_the_benchmark_samples_as_it_is_told(model_path, monkeypatch):
+    configs = []
+    monkeypatch.setattr(
+        ddpm, "sample_images", lambda model, diffusion, config, *_: configs.append(config))
+    args = types.SimpleNamespace(
+        sampler="ddim", sampling_steps=7, spacing=None, guidance=3.0, seed=9)
+    real = types.SimpleNamespace(
+        train=types.SimpleNamespace(pixels=torch.zeros(1, 3, 16, 16)), image_size=16,
+        name="shapes", class_names=["disc", "square", "stripes"])
+    benchmark.ddpm_subject(model_path, real, args).sample(torch.tensor([0]))
+    (config,) = configs
+    assert (config.sampler, config.sampling_steps, config.guidance, config.seed) == ("ddim", 7, 3.0, 9)
+    assert config.spacing == ddpm.load_model(model_path)[2].spacing
