@@ -228,7 +228,7 @@ def test_a_resumed_run_counts_the_time_before(image_folder, tmp_path):
     torch.save(saved, path)
     more = words("--mode train --steps 3 --device cpu --resume", path)
     assert ddpm.main([*more, *map(str, places(tmp_path, image_folder))]) == 0
-    assert 5000 < metrics(tmp_path / "samples")[1][-1]["seconds"] < 5060
+    assert 5000 <= metrics(tmp_path / "samples")[1][-1]["seconds"] < 6000
 
 
 def test_previews_and_what_is_before_the_first_step_do_not_count_as_training(
