@@ -532,6 +532,68 @@ def test_a_model_of_captions_is_refused_where_classes_are_measured(run, text_mod
     assert "use the command prompts" in err
 
 
+def test_samplers_prints_a_distance_for_each_and_plots_them(run, model):
+    flags = "samplers --num_samples 4 --classifier_images 64 --steps 1 2 --plot plot.png --model"
+    code, text, _ = run(flags, model)
+    rows = table(text[text.index("| sampler") :])  # after that of the real images
+    assert code == 0 and [row["sampler"].strip("`") for row in rows] == list(ddpm.SAMPLERS)
+    assert all(float(row["1"]) > 0 and float(row["2"]) > 0 for row in rows)
+    assert Image.open("plot.png").size[0] > 100
+
+
+def test_features_are_those_of_the_classifier(run, folder):
+    flags = "features --classifier_images 64 --image_size 16 --classifiers . --out f.pt --data"
+    assert run(flags, folder)[0] == 0
+    assert torch.jit.load("f.pt")(torch.zeros(3, 1, 16, 16)).shape[0] == 3
+
+
+def test_throughput_times_training_steps_beside_a_bare_product(run):
+    flags = "throughput --turns 1 --repeats 1 --batch_size 2 --channels 8 --programs ddpm.py"
+    code, text, _ = run(flags)
+    (row,) = table(text)
+    assert code == 0 and row[""] == "ddpm.py" and float(row["images/s"]) > 0
+
+
+def test_overhead_times_a_real_run_on_made_up_images(run, monkeypatch):
+    for owner, name in ((ddpm.Images, "batch"), (ddpm, "update_ema"), (ddpm.torch, "save"),
+                        (ddpm.MetricsLogger, "log_training"), (ddpm.tqdm, "update"),
+                        (ddpm, "sample_images"), (ddpm, "write_previews"),
+                        (ddpm, "folder_source")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # it replaces them: put them back
+    tiny = dict(image_size=16, channels=8, channel_mults=(1,), attention="none", num_samples=1)
+    monkeypatch.setitem(ddpm.PRESETS, "animals", tiny)
+    code, text, _ = run("overhead --images 20 --steps 2")
+    assert code == 0 and "20 found" in text
+    shares = {row[""]: float(row["fraction"].rstrip("%")) for row in table(text)}
+    assert len(shares) == 8 and all(0 < share <= 100 for share in shares.values())
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("quality --guidance nan", "--guidance nan"),
+        ("quality --guidance -1", "--guidance -1"),
+        ("quality --seed -1", "--seed -1"),
+        ("quality --sampling_steps 51", "--sampling_steps 51"),
+        ("throughput --device cuda", "--device cuda"),
+        ("features --image_size 5 --data stripes", "--image_size 5"),
+    ],
+)
+def test_a_value_out_of_range_is_a_sentence(run, model, monkeypatch, flags, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    more = ["--num_samples 4 --classifier_images 64 --model", model] * flags.startswith("quality")
+    code, _, err = run(flags, *more)
+    assert code == 1 and err.strip().splitlines()[-1].startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("flag", ["quality --num_samples", "throughput --turns", "prompts --samples"])
+@pytest.mark.parametrize("value", ["0", "-3", "x"])
+def test_a_count_is_at_least_one(run, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        run(flag, value)
+    assert f"{flag.split()[1]}: invalid count value: '{value}'" in capsys.readouterr().err
+
+
 def test_every_command_has_help(capsys):
     for name in ("quality", "rivals", "samplers", "features", "throughput", "sampling", "overhead",
                  "prompts"):

@@ -264,6 +264,7 @@ def classify(model, pixels):
 def features(args):
     """Write the classifier's features of a data set as TorchScript, for evaluate.py --features."""
     config = data_config(args, ddpm.Config(image_size=args.image_size))
+    ddpm.check(config)
     real = load_real(config, args.validation)
     classifier = load_classifier(real, args.classifiers, args.classifier_images)
     require(classifier, f"{real.name} has no two classes: there is nothing to classify.")
@@ -442,6 +443,7 @@ def ddpm_subject(path, real, args):
     config = ddpm.override(config, seed=args.seed, sample_batch_size=50, **given)
     if not model.class_names:
         config = ddpm.override(config, guidance=1.0)
+    ddpm.check(config)
     numbers = {name: i for i, name in enumerate(model.class_names)}
     own = torch.tensor([*(numbers.get(name, -1) for name in real.class_names), -1])
     precision = ddpm.choose_precision("auto", torch.device("cpu"))
@@ -978,6 +980,7 @@ def start_training(name, args):
 
 def throughput(args):
     """Images and GFLOP a second of whole training steps."""
+    ddpm.choose_device(args.device)  # UserError if there is none
     names = args.programs or PAPER + ON_A_GPU * (args.device == "cuda")
     products = matrices(args.device)
     programs = side_by_side(start_training, [*names, *products], args)
@@ -1080,7 +1083,7 @@ def overhead(args):
         config = ddpm.preset(args.preset, steps=args.steps, download_dir=args.download_dir,
                              model_path=f"{folder}/model.pt", samples_dir=folder)
         if args.images:
-            ddpm.folder_source = lambda root: synthetic(args.images)
+            ddpm.folder_source = lambda *_: synthetic(args.images)
             config = ddpm.override(config, download_dir=folder, class_cond=False)
         spent = {}
         starts = []
@@ -1195,6 +1198,7 @@ def sample_prompts(loaded, prompts, guidance, args):
                            sampling_steps=args.sampling_steps,
                            sampler=args.sampler or config.sampler,
                            spacing=args.spacing or config.spacing)
+    ddpm.check(config)
     ddpm.check_words(texts, model.vocabulary)
     labels = ddpm.encode(texts, model.vocabulary)  # also of prompts that occur twice
     precision = ddpm.choose_precision("auto", torch.device("cpu"))
@@ -1240,6 +1244,14 @@ def prompts(args):
 # --------------------------------------------------------------------------------- command line
 
 
+def count(text):
+    """A whole number from 1 on: a type for argparse, which names it."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def add_data_flags(parser):
     """What the measures by the classifier share."""
     add = parser.add_argument
@@ -1247,13 +1259,13 @@ def add_data_flags(parser):
     add("--validation", metavar="FOLDER", help="images that no model was trained on")
     add("--download_dir", default="data", help="for downloads and decoded images")
     add("--classifiers", default="data", help="folder where trained classifiers are kept")
-    add("--classifier_images", type=int, metavar="N", help="training images that a new classifier "
+    add("--classifier_images", type=count, metavar="N", help="training images that a new classifier "
         "sees (default: a hundred times all, at most 60,000)")
 
 
 def add_sample_flags(parser):
     add = parser.add_argument
-    add("--num_samples", type=int, help="default: 2,000, or 500 of fewer than 1,000 real images")
+    add("--num_samples", type=count, help="default: 2,000, or 500 of fewer than 1,000 real images")
     add("--seed", type=int, default=1, help="of the samples")
     add("--guidance", type=float, help="instead of the model's own")
     add_spacing_flag(parser)
@@ -1267,14 +1279,14 @@ def add_spacing_flag(parser):
 def add_table_flags(parser):
     add = parser.add_argument
     add("--sampler", choices=ddpm.SAMPLERS, help="instead of the model's own")
-    add("--sampling_steps", type=int, help="instead of the model's own")
+    add("--sampling_steps", type=count, help="instead of the model's own")
     add("--grids", metavar="FOLDER", help="also write a grid of each row's first 50 samples")
 
 
 def add_turn_flags(parser):
     add = parser.add_argument
-    add("--turns", type=int, default=5)
-    add("--repeats", type=int, default=3)
+    add("--turns", type=count, default=5)
+    add("--repeats", type=count, default=3)
     add("--memory", action="store_true", help="glibc keeps freed memory, for all programs")
 
 
@@ -1297,39 +1309,39 @@ def make_parser():
     add = command(rivals, add_data_flags, add_sample_flags, add_table_flags)
     add("--preset", default="fashion_mnist", help="recipe of ddpm.py, and the data")
     add("--programs", nargs="+", default=RIVALS)
-    add("--batch_sizes", type=int, nargs="+", default=[32, 64, 128])
+    add("--batch_sizes", type=count, nargs="+", default=[32, 64, 128])
     add("--minutes", type=float, default=10, help="of training, each")
     add("--lr", type=float, default=1e-3, help="of the other projects, falling by a cosine")
     add = command(samplers, add_data_flags, add_sample_flags)
     add("--model", **add_model(help="a checkpoint"))
-    add("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100])
+    add("--steps", type=count, nargs="+", default=[5, 10, 20, 50, 100])
     add("--all_steps", action="store_true", help="ddpm on all T steps as well")
     add("--plot", default="samples/samplers.png")
     add = command(features, add_data_flags)
     commands.choices["features"].set_defaults(data="fashion_mnist")
-    add("--image_size", type=int, default=28, help="default: 28, that of the data set's images")
+    add("--image_size", type=count, default=28, help="default: 28, that of the data set's images")
     add("--out", default="data/features.pt", help="TorchScript file to write")
     add = command(throughput, add_turn_flags)
     add("--programs", nargs="+", help="only these")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--batch_size", type=int, default=32)
-    add("--channels", type=int, default=64, help="width of the first stage")
+    add("--batch_size", type=count, default=32)
+    add("--channels", type=count, default=64, help="width of the first stage")
     add("--fast", action="store_true", help="the others in bf16 and compiled")
     command(sampling, add_turn_flags)
     add = command(overhead)
     add("--preset", default="animals")
-    add("--steps", type=int, default=3000)
-    add("--images", type=int, metavar="N", help="on so many made-up images")
+    add("--steps", type=count, default=3000)
+    add("--images", type=count, metavar="N", help="on so many made-up images")
     add("--download_dir", default="data")
     add = command(prompts, add_spacing_flag)
     add("--model", required=True, metavar="FILE", help="a checkpoint of captioned drawings")
-    add("--samples", type=int, default=500, help="prompts, an image each")
+    add("--samples", type=count, default=500, help="prompts, an image each")
     add("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0])
     add("--sampler", choices=ddpm.SAMPLERS, help="instead of the model's own")
-    add("--sampling_steps", type=int, default=20)
+    add("--sampling_steps", type=count, default=20)
     add("--seed", type=int, default=1, help="of the prompts and samples")
-    add("--drawings", type=int, default=3000, help="that the classifier is trained on")
-    add("--classifier_images", type=int, default=30_000, help="that it sees: each several times")
+    add("--drawings", type=count, default=3000, help="that the classifier is trained on")
+    add("--classifier_images", type=count, default=30_000, help="that it sees: each several times")
     add("--sheet", metavar="PNG", help="also write 40 prompts with their images")
     return parser
 
