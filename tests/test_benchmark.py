@@ -532,7 +532,7 @@ def test_a_model_of_captions_is_refused_where_classes_are_measured(run, text_mod
     assert "use the command prompts" in err
 
 
-def test_samplers_prints_a_distance_for_each_and_plots_them(run, model):
+def test_samplers_prints_a_distance_for_each_and_plots_them(run, model, real_plots):
     flags = "samplers --num_samples 4 --classifier_images 64 --steps 1 2 --plot plot.png --model"
     code, text, _ = run(flags, model)
     rows = table(text[text.index("| sampler") :])  # after that of the real images
