@@ -462,11 +462,11 @@ def from_diffusers(folder, model_path):
         config, model, weights = read_folder(folder)
     except UserError as e:
         raise UserError(f"{folder} cannot be converted: {e}") from None
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError) as e:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError,
+            RecursionError) as e:
         raise UserError(
             f"{folder} cannot be converted: a file of its settings is damaged, or lacks one "
             f"({type(e).__name__}: {e}). Get it anew.") from None
-    ddpm.set_aside_model(model_path)
     state = dict(
         format=ddpm.FORMAT,
         config=dataclasses.asdict(config),
@@ -482,7 +482,9 @@ def from_diffusers(folder, model_path):
     print(f"network   unet, {count:,} parameters, {ddpm.size_text(config.image_size)}, "
           f"{model.image_channels} channels")
     print(f"diffusion T {config.timesteps}, {config.schedule}, predicts {config.predict}")
-    return ddpm.atomic_write(model_path, lambda f: torch.save(state, f))
+    with ddpm.model_lock(Path(model_path)):
+        ddpm.set_aside_model(model_path)
+        return ddpm.atomic_write(model_path, lambda f: torch.save(state, f))
 
 # ------------------------------------------------------------------------------------- command line
 

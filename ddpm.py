@@ -2076,10 +2076,13 @@ def run_locks(config, runtime):
     if config.dry_run or not runtime.is_main:
         yield
         return
-    model_path = Path(config.model_path)
-    with (lock(model_path.with_name(f".{model_path.name}.lock"), "--model_path", model_path),
+    with (model_lock(Path(config.model_path)),
           lock(Path(config.samples_dir, ".run.lock"), "--samples_dir", config.samples_dir)):
         yield
+
+def model_lock(model_path):
+    """A context in which only this process writes the model."""
+    return lock(model_path.with_name(f".{model_path.name}.lock"), "--model_path", model_path)
 
 @contextlib.contextmanager
 def lock(path, flag, place):

@@ -896,15 +896,29 @@ def draw_captioned_image(shown, seed, index):
     return framed(pen, pose, shown["background"], rng, 3 * 64, 3)
 
 
+def is_own_caption(line, index):
+    """Whether a line of a metadata.jsonl is what `draw_captioned` writes for the image `index`."""
+    try:
+        row = json.loads(line)
+        return row["file_name"] == f"{index:05d}.png" and row["animal"] in COATS
+    except Exception:  # of what is no JSON, or another kind of row
+        return False
+
+
 def draw_captioned(out, count, seed, without):
     """Writes `count` captioned images and their captions, metadata.jsonl, to the folder."""
     out.mkdir(parents=True, exist_ok=True)
     captions = out / "metadata.jsonl"
-    earlier = captions.read_text().splitlines() if captions.exists() else []
-    for index in range(count, len(earlier)):  # images of an earlier, longer run
-        name = f"{index:05d}.png"
-        if json.loads(earlier[index]).get("file_name") == name:
-            (out / name).unlink(missing_ok=True)
+    earlier = captions.read_bytes().splitlines() if captions.exists() else []
+    if all(is_own_caption(line, index) for index, line in enumerate(earlier)):
+        for index in range(count, len(earlier)):  # images of an earlier, longer run
+            (out / f"{index:05d}.png").unlink(missing_ok=True)
+    else:
+        kept = captions.with_name(f"{captions.name}.previous")
+        if kept.exists():
+            raise ValueError(f"{captions} and {kept} are not of this program: move one of them")
+        captions.rename(kept)
+        print(f"kept the captions that were there, as {kept}")
     with open(captions, "w") as lines:
         for index in range(count):
             shown, _, text = captioned(seed, index, without)

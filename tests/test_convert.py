@@ -753,3 +753,20 @@ def test_converting_needs_safetensors_and_not_diffusers(run, folder, capsys, mon
     refused(capsys, "pip install safetensors")
     assert run("--model_path n.pt --from_diffusers d") == 1
     refused(capsys, "pip install safetensors")
+
+
+def test_a_model_that_a_run_writes_is_not_moved(run, folder, capsys):
+    Path("m.pt").write_bytes(b"the run's")
+    with ddpm.model_lock(Path("m.pt")):
+        assert run("--from_diffusers", folder, "--model_path m.pt") == 1
+    refused(capsys, "m.pt is in use by another run")
+    assert Path("m.pt").read_bytes() == b"the run's"
+    assert run("--from_diffusers", folder, "--model_path m.pt") == 0
+    assert Path("m.pt.previous").read_bytes() == b"the run's"
+
+
+def test_settings_nested_without_end_are_a_sentence(run, folder, tmp_path, capsys):
+    shutil.copytree(folder, "deep")
+    Path("deep/unet/config.json").write_text("[" * 200_000)
+    assert run("--from_diffusers deep --model_path m.pt") == 1
+    refused(capsys, "deep cannot be converted", "Get it anew")

@@ -39,6 +39,21 @@ def test_captioned_drawings_remove_no_file_that_they_did_not_write(tmp_path):
         assert (tmp_path / name).read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("line", ['{"file_name": "00000.png", "text": "my cat"}', "5", "{", "\udcff"])
+def test_captions_of_somebody_else_are_kept(tmp_path, line):
+    foreign = line.encode(errors="surrogateescape") + b"\n"
+    (tmp_path / "metadata.jsonl").write_bytes(foreign)
+    flags = ("--captions", "--count", 1, "--out", tmp_path)
+    done = run_draw(*flags)
+    assert done.returncode == 0 and "metadata.jsonl.previous" in done.stdout, done.stderr
+    assert (tmp_path / "metadata.jsonl.previous").read_bytes() == foreign
+    assert run_draw(*flags).returncode == 0  # over what it has written itself
+    (tmp_path / "metadata.jsonl").write_bytes(foreign)
+    assert run_draw(*flags).returncode == 2
+    for name in ("metadata.jsonl", "metadata.jsonl.previous"):
+        assert (tmp_path / name).read_bytes() == foreign
+
+
 def test_captioned_drawings_are_a_function_of_seed_and_index(tmp_path):
     for name, count in (("a", 4), ("b", 5), ("b", 3)):  # the last takes the place of the one before
         done = run_draw("--captions", "--count", count, "--seed", 5, "--out", tmp_path / name)
