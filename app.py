@@ -163,7 +163,7 @@ def settings(section, key, num_images=8):
             "Guidance scale: how closely to follow the class or prompt",
             min_value=1.0,
             max_value=8.0,
-            value=min(max(config.guidance, 1.0), 8.0),
+            value=float(min(max(config.guidance, 1.0), 8.0)),
             step=0.25,
             **kept("guidance"))
     return ddpm.override(config, sample_batch_size=64, **given)

@@ -347,6 +347,7 @@ def check_value(name, value, field):
     high = field.metadata["high"]
     for v in values:
         require(type(v) in allowed and "\0" not in str(v), wrong_type)  # no file name may have \0
+        require(v != "" or field.default is not None, f"--{name} is empty: leave it out.")
         if low is not None and v is not None:
             require(low <= v <= high, f"--{name} {v} is out of range: give {low} to {high}.")
 
@@ -1400,9 +1401,9 @@ def read_cache(path):
         about = json.loads(path.with_suffix(".json").read_text())
         about["unreadable"] = {int(row): error for row, error in about["unreadable"].items()}
         pixels = np.load(path, mmap_mode="c")  # writable, as torch.from_numpy wants it
-    except (OSError, ValueError, EOFError):
+        return Decoded(pixels, **about)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):  # damaged, or gone
         return None
-    return Decoded(pixels, **about)
 
 def look_at_all(source, chosen):
     """Which chosen images are in colour (N,), and one white for all those of more than 8 bits."""
@@ -1707,10 +1708,10 @@ def read_checkpoint(path):
     require(Path(path).is_file(),
             f"No checkpoint {path}: give the path of a file that --mode train wrote.")
     try:
-        with zipfile.ZipFile(path) as f:  # PyTorch does not compare the checksums that it writes
+        with zipfile.ZipFile(Path(path)) as f:  # PyTorch does not compare the checksums that it writes
             if f.testzip():
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(Path(path), map_location="cpu", weights_only=True)
     except (PermissionError, MemoryError):  # of a file that may be good
         raise
     except Exception as e:  # bad bytes can raise anything
@@ -1737,10 +1738,14 @@ def check_contents(checkpoint, path):
     weights = checkpoint["weights"]
     ema = checkpoint.get("ema", {})
     require(isinstance(ema, dict) and checkpoint["channels"] in (1, 3), other_things)
+    lists = dict(vocabulary=list, examples=list)
+    require(has_types(checkpoint, lists), other_things)
+    require(checkpoint["examples"] or not checkpoint["vocabulary"], other_things)
     tensors = [*weights.values(), *ema.values()]
     texts = [*weights, *ema, *checkpoint["config"], *checkpoint["classes"],
              *checkpoint["vocabulary"], *checkpoint["examples"]]
-    require(all(type(tensor) is torch.Tensor for tensor in tensors), other_things)
+    require(all(type(v) is torch.Tensor and v.layout == torch.strided and v.device.type == "cpu"
+                and not v.is_quantized for v in tensors), other_things)
     require(all(type(text) is str for text in texts), other_things)
     require(all_finite(weights, ema), f"{path} has weights that are not finite: use another.")
 
@@ -1859,11 +1864,11 @@ def find_resume(resume, model_path):
     for path in reversed(step_files(folder)):
         try:
             checkpoint = read_checkpoint(path)
+            written_for = Path(stored_config(checkpoint, path).model_path).name
         except UserError as e:
             print(printable(f"warning: {e} Trying the one before."), file=sys.stderr)
             continue
         may_be_shared = folder != step_folder(model_path)  # see `resumable_folder`
-        written_for = Path(checkpoint["config"]["model_path"]).name
         if not may_be_shared or written_for == Path(model_path).name:
             return str(path), checkpoint
     raise UserError(f"Nothing to resume in {step_folder(model_path)}: leave out --resume to "
@@ -1971,7 +1976,12 @@ def start_runtime(config):
         # What is on the CPU goes by gloo even beside GPUs, and does not wait for them.
         has_nccl = device.type == "cuda" and dist.is_nccl_available()  # Windows has none
         backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))  # while one decodes
+        two_hours = datetime.timedelta(hours=2)  # while one decodes
+        try:
+            dist.init_process_group(backend, timeout=two_hours)
+        except ValueError as e:  # a variable of the environment is missing
+            raise UserError(f"WORLD_SIZE is set, but this is no process of torchrun ({e}). Start "
+                            "with torchrun, or unset WORLD_SIZE.") from None
     return Runtime(device, precision, rank, world_size)
 
 def local_main_process_first(work):
@@ -2088,7 +2098,7 @@ def model_lock(model_path):
 def lock(path, flag, place):
     """Hold a lock file while in this context. UserError if another run holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as f:
+    with open(path, "a+", errors="replace") as f:
         f.seek(0)
         host, _, process = f.read().partition(" ")
         require(not is_held(f, host), f"{flag} {place} is in use by another run, process {process} "
@@ -2164,6 +2174,7 @@ class TrainState:
         self.ema_tensors = list(self.ema.state_dict().values())  # collecting them takes time
         self.model_tensors = list(model.state_dict().values())
         self.step = 0
+        self.start_step = 0  # where this run was resumed
         self.total_steps = config.steps  # None with --minutes
         if config.epochs:
             self.total_steps = math.ceil(config.epochs * len(images.train) / config.batch_size)
@@ -2235,7 +2246,7 @@ class TrainState:
         except Exception as e:  # they do not check what they are given
             raise UserError(
                 f"{path} has no state of this optimiser ({printable(e)}): use another.") from None
-        self.step = checkpoint["step"]
+        self.step = self.start_step = checkpoint["step"]
         self.seconds_before = checkpoint["seconds"]
 
     def fail_non_finite(self, what, step):
@@ -2305,18 +2316,19 @@ def resumed_config(given):
     require(has_types(checkpoint, needed), f"{path} is a model to sample from, not all that is "
             f"needed to resume a run: to do so give --resume --model_path {path}, or start a new "
             f"run with --init_from {path}.")
-    given = places_beside(path, checkpoint["config"]) | given | dict(resume=str(path))
+    stored = stored_config(checkpoint, path)
+    given = places_beside(path, stored) | given | dict(resume=str(path))
     return merged_config(checkpoint, path, given, changeable("resume")), checkpoint
 
 def places_beside(path, stored):
     """Where a run writes, resumed from the step checkpoint at this path: its model_path and, if
     known, samples_dir. They are beside the checkpoint's folder, which may have been moved, copied
-    or renamed since the run. stored: the settings in the checkpoint, with the old places."""
+    or renamed since the run. stored: the Config in the checkpoint, with the old places."""
     folder = Path(path).parent
     if not folder.name.endswith("_steps"):  # no folder of step checkpoints
         return {}
-    old_model = Path(stored["model_path"])
-    old_samples = Path(stored["samples_dir"])
+    old_model = Path(stored.model_path)
+    old_samples = Path(stored.samples_dir)
     new_model = folder.with_name(folder.name.removesuffix("_steps"))
     if new_model.name == old_model.stem:  # the first version called the folder of a.pt a_steps
         new_model = folder.with_name(old_model.name)
@@ -2391,7 +2403,6 @@ def check_run(config, runtime):
 def train_loop(config, state, diffusion, runtime, previewer, logger):
     """Train to the end or a stop request. Returns its signal, or 0. logger: None unless is_main."""
     meter = LossMeter(diffusion.T, runtime)
-    start_step = state.step
     forecast_due = True
     warm_since = None  # when the first step ended, which starts up libraries, or compiles
     state.started = time.monotonic()  # --minutes counts from here
@@ -2401,7 +2412,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             stop_signal, progress = agree(runtime, stop.signum, state.progress())
             finished = progress >= 1
             stopped = stop_signal > 0 and not finished  # at the end there is nothing to stop
-            is_new = state.step > start_step  # what a run starts from is saved and shown already
+            is_new = state.step > state.start_step  # what it starts from is saved and shown already
             preview_due = finished or (is_new and state.step % config.sample_every == 0)
             save_due = preview_due or (is_new and (stopped or state.step % config.save_every == 0))
             if save_due or state.step % config.log_every == 0:
@@ -2411,9 +2422,10 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                 means = meter.read()
                 if logger and means:
                     logger.log_training(state, means)
-                    if forecast_due and state.step > start_step + 1:
-                        num_images = (state.step - start_step - 1) * config.batch_size
-                        print_forecast(state, num_images / (time.monotonic() - warm_since))
+                    warm_steps = state.step - state.start_step - 1
+                    if forecast_due and warm_steps > 0:
+                        seconds = time.monotonic() - warm_since
+                        print_forecast(state, warm_steps * config.batch_size / seconds)
                         forecast_due = False
                     bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             if save_due and logger:  # first: a preview can outlast the time from SIGTERM to SIGKILL
@@ -2429,7 +2441,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
             # -------------------------------------------------------------------- one training step
             state.lr = learning_rate(config, state.step, progress)
             train_step(config, state, diffusion, runtime, meter)
-            if state.step == start_step + 1:
+            if state.step == state.start_step + 1:
                 warm_since = time.monotonic()
             bar.update(round(state.progress() * bar.total) - bar.n)  # in steps, or seconds
 
@@ -2541,11 +2553,14 @@ def describe_labels(images):
     return f"classes   {listed}{not_learned}: --guidance and --label_dropout have no effect"
 
 def print_forecast(state, images_per_s):
-    """Print how long the run takes at the speed of its first steps, and whether that is enough."""
+    """Print how long the run, or what is left of it on --resume, takes at the speed of its first
+    steps, and whether that is enough."""
     config = state.config
-    minutes = config.minutes
     if state.total_steps:
-        minutes = state.total_steps * config.batch_size / images_per_s / 60
+        num_steps = state.total_steps - state.start_step
+        minutes = num_steps * config.batch_size / images_per_s / 60
+    else:
+        minutes = config.minutes - state.seconds_before / 60
     num_images = 60 * minutes * images_per_s
     tqdm.write(f"speed     {images_per_s:.3g} images/s: {num_images:,.0f} images in "
                f"{minutes:.3g} minutes")
@@ -2593,7 +2608,8 @@ def close_run(config, runtime, logger, stop_signal):
         print(f"Stopped by {signal.Signals(stop_signal).name} and saved. To continue: --mode train "
               f"--resume --model_path {shlex.quote(config.model_path)}")
     print(f"memory    at most {peak_memory(runtime.device)} MB were in use")
-    print_files([file for file in logger.files if Path(file).exists()])  # old checkpoints are gone
+    files = [*logger.files, *map(str, logger.folder.resolve().glob("tensorboard/*"))]
+    print_files([file for file in files if Path(file).exists()])  # old checkpoints are gone
 
 # What the EMA weights can do at some step. rows: {"clean", "noisy", "pred": images}, at these
 # timesteps; generated: samples; names: their classes or captions. Images: uint8 (n, C, H, W).
@@ -2646,9 +2662,9 @@ def read_metrics(path):
     """The contents of a metrics.jsonl: (first line: configuration and versions, rows since)."""
     lines = []
     for line in Path(path).read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # a line that is being written, or was cut short
+        with contextlib.suppress(ValueError, RecursionError):  # a line cut short, or damaged
             lines.append(json.loads(line))
-    require(lines and isinstance(lines[0], dict) and "config" in lines[0],
+    require(lines and isinstance(lines[0], dict) and isinstance(lines[0].get("config"), dict),
             f"{path} is not the metrics.jsonl of a run.")
     renamed = dict(pictures_per_s="images_per_s", held_out_loss="validation_loss")  # in older files
     rows = []
@@ -2659,7 +2675,7 @@ def read_metrics(path):
 
 def rows_of_run(path, config):
     """The rows in a metrics.jsonl of the run that a Config resumes; None if it is of another."""
-    with contextlib.suppress(UserError, OSError, KeyError):  # it may be damaged, or gone
+    with contextlib.suppress(UserError, OSError, KeyError, TypeError):  # damaged, or gone
         head, rows = read_metrics(path)
         if relative_model_path(head["config"]) == relative_model_path(vars(config)):
             return rows
@@ -2938,6 +2954,9 @@ def sample_run(config, checkpoint, max_kept=math.inf):
     check(config)
     runtime = start_runtime(config)
     keep_memory()
+    if "ema" not in checkpoint and not config.ema:
+        print(f"note: {config.model_path} has the EMA weights alone, which are sampled")
+        config = override(config, ema=True)
     model = model_from_checkpoint(checkpoint, config.model_path, config.ema).to(runtime.device)
     diffusion = make_diffusion(config, runtime.device)
     config, image, mask = load_edit(config, model)

@@ -884,3 +884,69 @@ def test_an_interrupted_decoding_leaves_nothing_behind(cached, tmp_path, monkeyp
             load()
             time.sleep(1)
     assert not tree(tmp_path / "d") and torch.equal(load(), right)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("vocabulary", None),
+        ("examples", 5),
+        ("vocabulary", ["word"]),  # and no examples
+        ("weights", torch.zeros(2, 2).to_sparse()),
+        ("weights", torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)),
+        ("weights", torch.zeros(2, device="meta")),
+    ],
+)
+def test_a_checkpoint_of_other_kinds_of_values_is_refused(trained, tmp_path, name, value):
+    saved = checkpoint(trained)
+    if name == "weights":
+        value = saved["weights"] | {next(iter(saved["weights"])): value}
+    torch.save(saved | {name: value}, tmp_path / "other.pt")
+    with pytest.raises(ddpm.UserError, match="use another|Use another"):
+        ddpm.read_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("wrong", ({}, dict(model_path=5), dict(samples_dir=None)))
+def test_a_step_checkpoint_without_good_places_is_passed_over(
+    main, image_folder, tmp_path, capsys, wrong
+):
+    to = places(tmp_path / "run", image_folder)
+    assert main("--mode train", TINY, "--steps 2 --save_every 1", *to) == 0
+    first, last = sorted(tmp_path.glob("run/model.pt_steps/*.pt"))
+    saved = checkpoint(last)
+    if wrong:
+        saved["config"] |= wrong
+        torch.save(saved, last)
+        assert main("--mode train --resume --steps 3 --model_path run/model.pt") == 0
+        assert "Trying the one before" in capsys.readouterr().err
+    else:
+        del saved["config"]["model_path"]
+        torch.save(saved, last)
+        assert main("--mode train --steps 3 --device cpu --resume", last) == 0
+
+
+def test_damaged_files_beside_a_run_do_not_stop_it(main, image_folder, tmp_path):
+    to = places(tmp_path / "run", image_folder)
+    assert main("--mode train", TINY, "--steps 2", *to) == 0
+    for about in tmp_path.glob("run/data/.decoded/*.json"):
+        about.write_text("{}")
+    lock = tmp_path / "run" / ".model.pt.lock"
+    lock.write_bytes(b"\xff\xfe")
+    os.utime(lock, (0, 0))  # or another machine could hold it
+    for damaged in ('{"config": 5}', "[" * 100_000, '{"config": {"model_path": 5}}'):
+        metrics = tmp_path / "run" / "samples" / "metrics.jsonl"
+        metrics.write_text(damaged + "\n")
+        assert main("--mode train --resume --steps 4 --device cpu --model_path run/model.pt") == 0
+        shutil.rmtree(tmp_path / "run" / "samples" / "previous", ignore_errors=True)
+
+
+def test_a_slash_at_the_end_of_a_file_is_no_damage(trained):
+    assert ddpm.read_checkpoint(f"{trained}/")["classes"]
+
+
+def test_a_size_of_the_world_without_torchrun_is_a_sentence(main, image_folder, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    assert main("--mode train", TINY, "--data_path", image_folder) == 1
+    assert "unset WORLD_SIZE" in capsys.readouterr().err

@@ -451,6 +451,27 @@ def test_models_of_before_took_65535_as_white(tmp_path):
     assert ddpm.read_checkpoint(tmp_path / "new.pt")["white"] == 1023
 
 
+def test_no_ema_of_a_model_that_has_the_ema_weights_alone(model_path, tmp_path, capsys):
+    saved = checkpoint(model_path)
+    shrunk = {key: value for key, value in saved.items() if key != "ema"}
+    torch.save(shrunk | dict(weights=saved["ema"]), tmp_path / "shrunk.pt")
+    expected = sample(model_path, tmp_path / "ema")
+    assert (sample(tmp_path / "shrunk.pt", tmp_path / "out", "--no_ema") == expected).all()
+    assert "has the EMA weights alone" in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "generated_sample.png").text["ddpm:weights"] == "EMA"
+
+
+@pytest.mark.parametrize("name", ["init_from", "classes", "prompts", "individual", "mask"])
+def test_an_empty_path_is_not_passed_over(model_path, image_folder, tmp_path, capsys, name):
+    """As of an unset variable of a shell."""
+    if name == "init_from":
+        assert train(tmp_path, image_folder, "--init_from=") == 1
+    else:
+        given = words("--mode sample --device cpu --init_image x.png --model_path", model_path)
+        assert ddpm.main([*given, f"--{name}="]) == 1
+    assert f"error: --{name} is empty: leave it out." in capsys.readouterr().err
+
+
 # ---- the programs beside it
 
 

@@ -957,6 +957,21 @@ def test_the_forecast_does_not_count_the_first_step(train, monkeypatch):
     assert rates == [2.0]
 
 
+@pytest.mark.parametrize("length", ("--steps 6", "--minutes 0.1"))
+def test_the_forecast_of_a_resumed_run_is_of_what_is_left(train, tmp_path, monkeypatch, length):
+    said = []
+    monkeypatch.setattr(ddpm.tqdm, "write", said.append)
+    monkeypatch.setattr(ddpm.TrainState, "seconds", lambda self: float(self.step))  # one a step
+    assert train("--batch_size 4 --steps 2") == 0
+    assert train("--resume --log_every 3", length) == 0
+    line = [text for text in said if text.startswith("speed")][-1]
+    speed, images, minutes = (float(n.replace(",", "")) for n in re.findall(r"\d[\d.,e+]*", line))
+    if length == "--steps 6":
+        assert images == 16
+    else:
+        assert minutes == pytest.approx(0.1 - 2 / 60, rel=0.01)
+
+
 def test_a_step_that_fp16_left_out_is_logged_as_json(train, tmp_path, monkeypatch):
     step = ddpm.train_step
 
@@ -1043,17 +1058,20 @@ def test_a_run_too_short_for_photos_says_what_would_do(capsys, length, num_image
     config.resume = length == "--resume"
     channels = 1 if length == "grey" else 3
     images = types.SimpleNamespace(train=range(num_images), channels=channels)
-    state = types.SimpleNamespace(config=config, images=images, total_steps=steps)
+    state = types.SimpleNamespace(
+        config=config, images=images, total_steps=steps, start_step=0, seconds_before=0.0)
     ddpm.print_forecast(state, 10.0)
     said = capsys.readouterr().out
     assert ("300,000 images in 500" if length == "long enough" else "24,000 images in 40 m") in said
     assert expected in said and ("note:" in said) == bool(expected)
 
 
-def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path):
+def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert train("--steps 9 --sample_every 6 --holdout 0.2 --logger tensorboard") == 0
+    [file] = (tmp_path / "run" / "samples" / "tensorboard").iterdir()
+    assert f"  {file}\n" in capsys.readouterr().out.partition("Wrote:")[2]
     events = EventAccumulator(str(tmp_path / "run" / "samples" / "tensorboard")).Reload()
     tags, (_, rows) = events.Tags(), metrics(tmp_path / "run" / "samples")
     quarters = {f"loss/quarter_{q}" for q in (1, 2, 3, 4)}
