@@ -1,6 +1,7 @@
 """Each setting reaches what it names: what the parts do is tested elsewhere, and here that a Config
 hands its values on to them. A setting that were ignored would pass every other test."""
 
+import sys
 import types
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import benchmark
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, checkpoint, metrics, places, words
+from conftest import TINY, checkpoint, metrics, places, tree, words
 from PIL import Image
 
 import convert
@@ -291,6 +292,65 @@ def test_few_images_are_said_to_be_memorised_and_many_classes_are_not_listed(tmp
     assert "class11 2" in out and "class12" not in out and "3 more" in out
 
 
+def test_a_run_is_resumed_into_the_places_given(image_folder, tmp_path):
+    """And leaves those that it came from as they are."""
+    assert train(tmp_path / "old", image_folder) == 0
+    before = tree(tmp_path / "old")
+    [path] = (tmp_path / "old" / "model.pt_steps").iterdir()
+    more = words("--mode train --steps 3 --device cpu --resume", path)
+    assert ddpm.main([*more, *map(str, places(tmp_path / "new", image_folder))]) == 0
+    assert checkpoint(tmp_path / "new" / "model.pt")["step"] == 3
+    assert metrics(tmp_path / "new" / "samples")[1] and tree(tmp_path / "old") == before
+
+
+# ---- captions
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    """Twenty images with captions of two words, the first of which numbers them."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16), (12 * i, 0, 90)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"number{i:02d} image")
+    return folder
+
+
+def test_all_words_of_a_caption_are_hidden_or_none(captioned, tmp_path, seen):
+    given = "--steps 4 --batch_size 8 --attention full --channel_mults 1 2 --label_dropout 0.5"
+    assert train(tmp_path / "run", captioned, given) == 0
+    y = torch.cat([y for _, _, _, y in seen])
+    hidden = (y == -1).all(1)
+    assert 5 < hidden.sum() < 27 and (y[~hidden] >= 0).all()
+
+
+def test_examples_are_from_the_first_to_the_last_caption(captioned, tmp_path):
+    config = ddpm.Config(data_path=str(captioned), image_size=16, download_dir=str(tmp_path))
+    examples = ddpm.load_images(config).examples
+    assert len(examples) == 8
+    assert examples[0] == "number00 image" and examples[-1] == "number19 image"
+
+
+def test_prompts_of_the_command_line_and_of_a_file_are_both_sampled(tmp_path):
+    (tmp_path / "file.txt").write_text("a b\n\nb\n")
+    config = ddpm.Config(prompt=("a",), prompts=str(tmp_path / "file.txt"))
+    assert ddpm.read_prompts(config, ["a", "b"]) == ["a", "a b", "b"]
+
+
+def test_the_captioned_drawings_that_are_missing_come_with_their_command():
+    with pytest.raises(ddpm.UserError, match="draw.py --captions --count 5000 .*animals_text_data"):
+        ddpm.folder_source(Path("animals_text_data"))
+
+
+def test_images_of_phones_are_registered(monkeypatch):
+    calls = []
+    fake = types.SimpleNamespace(register_heif_opener=lambda: calls.append(1))
+    monkeypatch.setitem(sys.modules, "pillow_heif", fake)
+    ddpm.image_suffixes.__wrapped__()
+    assert calls == [1]
+
+
 # ---- data sets with a name
 
 
@@ -384,6 +444,19 @@ def test_settings_of_the_unet_without_effect_are_named(capsys, arch, name):
     given = dict(arch=arch) | {name: dict(attention="none", dropout=0.5).get(name, (4,))}
     ddpm.warn_of_unused(types.SimpleNamespace(**vars(ddpm.Config()) | given), given)
     assert f"--{name} has no effect with --arch {arch}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(guidance=0.0, prompt=("a",)),
+        dict(guidance=0.0, prompts="file"),
+        dict(arch="resnet18", channels=64),
+    ],
+)
+def test_other_settings_without_effect_are_named(capsys, given):
+    ddpm.warn_of_unused(types.SimpleNamespace(**vars(ddpm.Config()) | given), given)
+    assert f"--{list(given)[1]} has no effect with --{list(given)[0]}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
