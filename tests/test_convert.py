@@ -774,6 +774,6 @@ def test_settings_nested_without_end_are_a_sentence(run, folder, tmp_path, capsy
 
 @pytest.mark.parametrize("size", (28, 32))
 def test_a_border_that_diffusers_keeps_is_told(run, capsys, size):
-    checkpoint("m.pt", config_of(image_size=size))
+    checkpoint("m.pt", config_of(image_size=size, attention_at=(16,)))
     assert run("--model_path m.pt --to_diffusers d") == 0
     assert ("with a border of 2 to crop" in capsys.readouterr().out) == (size == 28)
