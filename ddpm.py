@@ -1708,7 +1708,7 @@ def read_checkpoint(path):
     require(Path(path).is_file(),
             f"No checkpoint {path}: give the path of a file that --mode train wrote.")
     try:
-        with zipfile.ZipFile(Path(path)) as f:  # PyTorch does not compare the checksums that it writes
+        with zipfile.ZipFile(Path(path)) as f:  # PyTorch does not compare its own checksums
             if f.testzip():
                 raise zipfile.BadZipFile
         checkpoint = torch.load(Path(path), map_location="cpu", weights_only=True)

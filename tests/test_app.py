@@ -259,6 +259,16 @@ def test_every_setting_reaches_the_sampler(page, project):
     assert text["ddpm:seed"] == "7" and text["ddpm:sampler"] == "ddim"
 
 
+def test_a_model_with_a_whole_number_as_guidance_is_shown(page, project):
+    """As Config allows from Python."""
+    path = project / "saved_models" / "tiny.pt"
+    checkpoint = ddpm.read_checkpoint(path)
+    checkpoint["config"]["guidance"] = 2
+    torch.save(checkpoint, path)
+    at = page()
+    assert not at.exception and labelled(at.slider, "Guidance").value == 2.0
+
+
 def test_steps_run_up_to_all_timesteps_and_no_further(page):
     assert labelled(page().select_slider, "Steps").options == ["2", "5", "10", "20", "50"]  # T = 50
 
@@ -287,6 +297,7 @@ def test_settings_outlive_a_look_at_another_section(page):
 def test_variations_are_those_of_the_command_line(page, project):
     (project / "mine.png").write_bytes(IMAGE)
     at = give(page("Edit"), IMAGE)
+    assert labelled(at.slider, "Strength").value == 0.5
     labelled(at.slider, "Strength").set_value(0.4)
     labelled(at.select_slider, "Steps").set_value(20)
     press(at)
@@ -379,6 +390,20 @@ def test_looking_inside_works_with_an_image_and_without(page, real_plots):
     at = give(at, IMAGE)
     assert not at.exception and not at.error
     assert [c.value for c in at.caption][1] == "mine.png"
+
+
+def test_looking_inside_shows_the_class_chosen(page, monkeypatch):
+    labels = []
+    generate = ddpm.generate
+
+    def noting_generate(model, diffusion, config, indices, given, *more):
+        labels.append(given)
+        return generate(model, diffusion, config, indices, given, *more)
+
+    monkeypatch.setattr(ddpm, "generate", noting_generate)
+    at = page("Look inside")
+    labelled(at.selectbox, "Its class").set_value("square").run()
+    assert not at.exception and labels == [[0], [1]]
 
 
 # ---- watch a run

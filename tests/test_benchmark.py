@@ -499,7 +499,8 @@ def text_model(tmp_path):
     config = ddpm.Config(channels=8, channel_mults=(1, 2), timesteps=50, sampling_steps=2)
     network = randomise(ddpm.build_model(config, 3, [], vocabulary))
     torch.save(dict(format=ddpm.FORMAT, config=dataclasses.asdict(config), channels=3, classes=[],
-                    vocabulary=vocabulary, weights=network.state_dict()), tmp_path / "text.pt")
+                    vocabulary=vocabulary, examples=[p.text for p in prompts[:8]],
+                    weights=network.state_dict()), tmp_path / "text.pt")
     return tmp_path / "text.pt"
 
 

@@ -363,9 +363,9 @@ def test_a_copied_folder_is_resumed_in_the_copy(train):
     ],
 )
 def test_where_a_resumed_run_writes(resumed, model, samples):
-    places = ddpm.places_beside(resumed, dict(model_path="m/a.pt", samples_dir="m/samples"))
+    places = ddpm.places_beside(resumed, ddpm.Config(model_path="m/a.pt", samples_dir="m/samples"))
     assert (places.get("model_path"), places.get("samples_dir")) == (model, samples)
-    elsewhere = ddpm.places_beside(resumed, dict(model_path="m/a.pt", samples_dir="samples"))
+    elsewhere = ddpm.places_beside(resumed, ddpm.Config(model_path="m/a.pt", samples_dir="samples"))
     assert "samples_dir" not in elsewhere, "it is not part of the folder that moved"
 
 
