@@ -299,5 +299,8 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}")
     parser.add_argument("--run", type=Path, help=f"folder of a run, for {' and '.join(OF_A_RUN)}")
     arguments = parser.parse_args()
+    for name in arguments.names:
+        if name not in PICTURES:
+            parser.error(f"there is no picture {name!r}: give some of {', '.join(PICTURES)}")
     for name in arguments.names or PICTURES:
         make(name, arguments.run)

@@ -32,10 +32,14 @@ def shrink(source, target):
     return ddpm.atomic_write(target, lambda f: torch.save(small, f))
 
 
+def main(source, target):
+    path = Path(shrink(source, target))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source")
     parser.add_argument("target")
     arguments = parser.parse_args()
-    path = Path(shrink(arguments.source, arguments.target))
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    raise SystemExit(ddpm.run(lambda: main(arguments.source, arguments.target)))
