@@ -360,6 +360,8 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
     is_empty = folder.is_dir() and not any(folder.iterdir())
     require(is_empty or not folder.exists(),
             f"{folder} is there already, and not an empty folder: give another.")
+    checkpoint = ddpm.read_checkpoint(model_path)
+    ema = ddpm.sampling_config(checkpoint, model_path, dict(ema=ema)).ema  # if it has both
     model, diffusion, config = ddpm.load_model(model_path, ema=ema)
     check_expressible(config, diffusion, model_path)
     require(not model.vocabulary, f"{model_path} was trained on captions, which diffusers cannot "

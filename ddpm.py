@@ -347,7 +347,7 @@ def check_value(name, value, field):
     high = field.metadata["high"]
     for v in values:
         require(type(v) in allowed and "\0" not in str(v), wrong_type)  # no file name may have \0
-        require(v != "" or field.default is not None, f"--{name} is empty: leave it out.")
+        require(v != "" or name == "prompt", f"--{name} is empty: leave it out.")
         if low is not None and v is not None:
             require(low <= v <= high, f"--{name} {v} is out of range: give {low} to {high}.")
 
@@ -1402,8 +1402,8 @@ def read_cache(path):
         about["unreadable"] = {int(row): error for row, error in about["unreadable"].items()}
         pixels = np.load(path, mmap_mode="c")  # writable, as torch.from_numpy wants it
         return Decoded(pixels, **about)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):  # damaged, or gone
-        return None
+    except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return None  # damaged, or gone
 
 def look_at_all(source, chosen):
     """Which chosen images are in colour (N,), and one white for all those of more than 8 bits."""
@@ -1738,8 +1738,7 @@ def check_contents(checkpoint, path):
     weights = checkpoint["weights"]
     ema = checkpoint.get("ema", {})
     require(isinstance(ema, dict) and checkpoint["channels"] in (1, 3), other_things)
-    lists = dict(vocabulary=list, examples=list)
-    require(has_types(checkpoint, lists), other_things)
+    require(has_types(checkpoint, dict(vocabulary=list, examples=list)), other_things)
     require(checkpoint["examples"] or not checkpoint["vocabulary"], other_things)
     tensors = [*weights.values(), *ema.values()]
     texts = [*weights, *ema, *checkpoint["config"], *checkpoint["classes"],
@@ -1764,7 +1763,8 @@ def stored_config(checkpoint, path):
     never_used = {name: field.default for name, field in FIELDS.items()
                   if "once" in field.metadata["change_on"]}
     stored = {name: tuple(value) if isinstance(value, list) else value  # a list in metrics.jsonl
-              for name, value in checkpoint["config"].items()}
+              for name, value in checkpoint["config"].items()
+              if value != ""}  # older versions took empty ones for the default
     stored = dict(spacing="uniform", detail_weight=0.0) | stored  # older files lack these
     config = Config(**stored | never_used)
     try:
@@ -1795,7 +1795,11 @@ def sampling_config(checkpoint, path, given, changes=None):
         raise UserError(f"--{name} is for --mode train: leave it out, or give "
                         f"--{similar[name]}.")
     given = defaults | given | dict(model_path=str(path))
-    return merged_config(checkpoint, path, given, changes or changeable("sample"))
+    config = merged_config(checkpoint, path, given, changes or changeable("sample"))
+    if "ema" not in checkpoint and not config.ema:
+        print(f"note: {path} has the EMA weights alone, which are sampled")
+        config = override(config, ema=True)
+    return config
 
 def load_weights(model, state_dict, path):
     """Load weights strictly, whatever wrapper they were saved from."""
@@ -1864,10 +1868,10 @@ def find_resume(resume, model_path):
     for path in reversed(step_files(folder)):
         try:
             checkpoint = read_checkpoint(path)
-            written_for = Path(stored_config(checkpoint, path).model_path).name
         except UserError as e:
             print(printable(f"warning: {e} Trying the one before."), file=sys.stderr)
             continue
+        written_for = Path(stored_config(checkpoint, path).model_path).name
         may_be_shared = folder != step_folder(model_path)  # see `resumable_folder`
         if not may_be_shared or written_for == Path(model_path).name:
             return str(path), checkpoint
@@ -2236,11 +2240,10 @@ class TrainState:
                 f"{self.images.white}: restore them, or start a new run with --init_from.")
         load_weights(self.model, checkpoint["weights"], path)
         load_weights(self.ema, checkpoint["ema"], path)
-        fused = self.optimizer.param_groups[0]["fused"]  # as it suits this device
         try:
+            for group in checkpoint["optimizer"]["param_groups"]:
+                group["fused"] = self.optimizer.defaults["fused"]  # as it suits this device
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            for group in self.optimizer.param_groups:
-                group["fused"] = fused
             if checkpoint["scaler"] and self.scaler.is_enabled():  # fp16 then and now
                 self.scaler.load_state_dict(checkpoint["scaler"])
         except Exception as e:  # they do not check what they are given
@@ -2404,7 +2407,7 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
     """Train to the end or a stop request. Returns its signal, or 0. logger: None unless is_main."""
     meter = LossMeter(diffusion.T, runtime)
     forecast_due = True
-    warm_since = None  # when the first step ended, which starts up libraries, or compiles
+    warm_since = 0.0  # when the first step ended, which starts up libraries, or compiles
     state.started = time.monotonic()  # --minutes counts from here
     with stop_requests() as stop, progress_bar(state, runtime) as bar:
         while True:
@@ -2435,7 +2438,9 @@ def train_loop(config, state, diffusion, runtime, previewer, logger):
                 preview = previewer.make(state.ema)
                 if logger:
                     logger.log_preview(state, preview)
-                meter.since += time.monotonic() - before  # not spent on training
+                pause = time.monotonic() - before  # not spent on training
+                meter.since += pause
+                warm_since += pause
             if finished or stopped:
                 return stop_signal if stopped else 0
             # -------------------------------------------------------------------- one training step
@@ -2608,8 +2613,7 @@ def close_run(config, runtime, logger, stop_signal):
         print(f"Stopped by {signal.Signals(stop_signal).name} and saved. To continue: --mode train "
               f"--resume --model_path {shlex.quote(config.model_path)}")
     print(f"memory    at most {peak_memory(runtime.device)} MB were in use")
-    files = [*logger.files, *map(str, logger.folder.resolve().glob("tensorboard/*"))]
-    print_files([file for file in files if Path(file).exists()])  # old checkpoints are gone
+    print_files([file for file in logger.files if Path(file).exists()])  # old checkpoints are gone
 
 # What the EMA weights can do at some step. rows: {"clean", "noisy", "pred": images}, at these
 # timesteps; generated: samples; names: their classes or captions. Images: uint8 (n, C, H, W).
@@ -2708,6 +2712,8 @@ class MetricsLogger:
             torch=torch.__version__, torchvision=torchvision.__version__,
             python=platform.python_version())
         self.files = [self.write()]
+        if self.tracker:
+            self.files.append(str(self.folder.resolve() / "tensorboard"))
 
     def write(self):
         """Write metrics.jsonl as a whole. Returns its path."""
@@ -2954,9 +2960,6 @@ def sample_run(config, checkpoint, max_kept=math.inf):
     check(config)
     runtime = start_runtime(config)
     keep_memory()
-    if "ema" not in checkpoint and not config.ema:
-        print(f"note: {config.model_path} has the EMA weights alone, which are sampled")
-        config = override(config, ema=True)
     model = model_from_checkpoint(checkpoint, config.model_path, config.ema).to(runtime.device)
     diffusion = make_diffusion(config, runtime.device)
     config, image, mask = load_edit(config, model)
@@ -3289,8 +3292,7 @@ def write_start_plots(config, images):
     folder = Path(config.samples_dir)
     x0, _ = images.take(evenly_spaced(images.train, 64), "cpu")
     pixels = crop(to_pixels(x0), config.image_size)
-    columns = math.ceil(math.sqrt(len(pixels)))
-    return [save_grid(pixels, folder / "dataset_grid.png", columns),
+    return [save_grid(pixels, folder / "dataset_grid.png", grid_columns(len(pixels), [])),
             plot_schedules(config, folder / "schedules.png"),
             plot_forward_process(x0[:1], config, folder / "forward_process.png")]
 
@@ -3402,12 +3404,13 @@ def explain(error):
         "out of memory|ALLOC_FAILED|Invalid buffer size|find an engine|valid cuDNN algorithm", text)
     if isinstance(error, MemoryError) or on_gpu or "you tried to allocate" in text:
         where = "GPU memory" if on_gpu else "memory"
-        return (f"Out of {where}. Try a smaller --sample_batch_size or, to train, --checkpointing, "
-                "a larger --grad_accum, or less --image_size or --channels.")
+        reason = text.partition("\n")[0] or "no reason is given"
+        return (f"Out of {where} ({reason}). Try a smaller --sample_batch_size or, to train, "
+                "--checkpointing, a larger --grad_accum, or less --image_size or --channels.")
     if type(error).__module__ in ("torch._dynamo.exc", "torch._inductor.exc"):
         reason = " ".join(text.splitlines()[:2]).strip()
-        return (f"--compile failed ({reason}): PyTorch found no C++ compiler, or on a GPU no "
-                "Triton, that it can use. Install another, or give --no_compile.")
+        return (f"--compile failed ({reason}). It needs a C++ compiler and, on a GPU, Triton, in "
+                "versions that PyTorch can use. Install such, or give --no_compile.")
     if dist.is_initialized() and any(s in text.lower() for s in ("gloo", "nccl", "timed out")):
         return (f"The processes lost each other ({text.splitlines()[0]}). Fix what another one "
                 "reports, or the network between them; then start again (training: with --resume).")

@@ -916,15 +916,16 @@ def draw_captioned(out, count, seed, without):
     else:
         kept = captions.with_name(f"{captions.name}.previous")
         if kept.exists():
-            raise ValueError(f"{captions} and {kept} are not of this program: move one of them")
+            raise ValueError(f"{captions} and {kept} are no captions of this program: move one of them")
         captions.rename(kept)
         print(f"kept the captions that were there, as {kept}")
-    with open(captions, "w") as lines:
-        for index in range(count):
-            shown, _, text = captioned(seed, index, without)
-            name = f"{index:05d}.png"
-            draw_captioned_image(shown, seed, index).save(out / name)
-            lines.write(json.dumps({"file_name": name, "text": text, **shown}) + "\n")
+    lines = []
+    for index in range(count):
+        shown, _, text = captioned(seed, index, without)
+        name = f"{index:05d}.png"
+        draw_captioned_image(shown, seed, index).save(out / name)
+        lines.append(json.dumps({"file_name": name, "text": text, **shown}) + "\n")
+    captions.write_text("".join(lines))  # at the end: it is whole, or as it was
 
 
 def draw_classes(out, count, seed):

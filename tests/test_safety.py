@@ -906,23 +906,39 @@ def test_a_checkpoint_of_other_kinds_of_values_is_refused(trained, tmp_path, nam
         ddpm.read_checkpoint(tmp_path / "other.pt")
 
 
-@pytest.mark.parametrize("wrong", ({}, dict(model_path=5), dict(samples_dir=None)))
-def test_a_step_checkpoint_without_good_places_is_passed_over(
-    main, image_folder, tmp_path, capsys, wrong
+@pytest.mark.parametrize(
+    "strange, said",
+    [
+        (dict(model_path=5), "Use another"),
+        (dict(samples_dir=None), "Use another"),
+        (dict(of_next_year=1), "Use a newer one"),
+    ],
+)
+def test_a_step_checkpoint_with_strange_settings_is_not_passed_over(
+    main, image_folder, tmp_path, capsys, strange, said
 ):
+    """It is whole: going on from the one before would undo steps that a newer version made."""
     to = places(tmp_path / "run", image_folder)
     assert main("--mode train", TINY, "--steps 2 --save_every 1", *to) == 0
-    first, last = sorted(tmp_path.glob("run/model.pt_steps/*.pt"))
+    last = max(tmp_path.glob("run/model.pt_steps/*.pt"))
     saved = checkpoint(last)
-    if wrong:
-        saved["config"] |= wrong
-        torch.save(saved, last)
-        assert main("--mode train --resume --steps 3 --model_path run/model.pt") == 0
-        assert "Trying the one before" in capsys.readouterr().err
-    else:
-        del saved["config"]["model_path"]
-        torch.save(saved, last)
-        assert main("--mode train --steps 3 --device cpu --resume", last) == 0
+    saved["config"] |= strange
+    torch.save(saved, last)
+    before = tree(tmp_path)
+    assert main("--mode train --resume --steps 3 --model_path run/model.pt") == 1
+    message = capsys.readouterr().err
+    assert last.name in message and said in message and tree(tmp_path) == before
+
+
+def test_a_step_checkpoint_without_model_path_is_resumed_where_it_is(main, image_folder, tmp_path):
+    to = places(tmp_path / "run", image_folder)
+    assert main("--mode train", TINY, "--steps 2", *to) == 0
+    [last] = tmp_path.glob("run/model.pt_steps/*.pt")
+    saved = checkpoint(last)
+    del saved["config"]["model_path"]
+    torch.save(saved, last)
+    assert main("--mode train --steps 3 --device cpu --resume", last) == 0
+    assert checkpoint(tmp_path / "run" / "model.pt")["step"] == 3
 
 
 def test_damaged_files_beside_a_run_do_not_stop_it(main, image_folder, tmp_path):

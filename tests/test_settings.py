@@ -532,17 +532,32 @@ def test_no_ema_of_a_model_that_has_the_ema_weights_alone(model_path, tmp_path, 
     assert (sample(tmp_path / "shrunk.pt", tmp_path / "out", "--no_ema") == expected).all()
     assert "has the EMA weights alone" in capsys.readouterr().out
     assert Image.open(tmp_path / "out" / "generated_sample.png").text["ddpm:weights"] == "EMA"
+    convert.to_diffusers(tmp_path / "shrunk.pt", tmp_path / "theirs", ema=False)
+    assert "EMA weights\n" in capsys.readouterr().out
+    assert evaluate.load(dict(model_path=str(tmp_path / "shrunk.pt"), ema=False), None).config.ema
 
 
-@pytest.mark.parametrize("name", ["init_from", "classes", "prompts", "individual", "mask"])
+@pytest.mark.parametrize(
+    "name",
+    ["init_from", "data_path", "download_dir", "classes", "prompts", "individual", "mask", "samples_dir"],
+)
 def test_an_empty_path_is_not_passed_over(model_path, image_folder, tmp_path, capsys, name):
     """As of an unset variable of a shell."""
-    if name == "init_from":
-        assert train(tmp_path, image_folder, "--init_from=") == 1
+    if name in ("init_from", "data_path", "download_dir"):
+        given = words("--mode train", TINY, "--samples_dir", tmp_path)
+        assert ddpm.main([*given, f"--{name}="]) == 1
     else:
         given = words("--mode sample --device cpu --init_image x.png --model_path", model_path)
         assert ddpm.main([*given, f"--{name}="]) == 1
     assert f"error: --{name} is empty: leave it out." in capsys.readouterr().err
+
+
+def test_an_empty_setting_of_an_earlier_version_is_the_default(model_path, tmp_path):
+    """Which took --classes= for all of them."""
+    saved = checkpoint(model_path)
+    saved["config"]["classes"] = ""
+    torch.save(saved, tmp_path / "old.pt")
+    assert ddpm.load_model(tmp_path / "old.pt")[2].classes is None
 
 
 # ---- the programs beside it

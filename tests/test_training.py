@@ -940,20 +940,28 @@ def test_the_first_steps_say_how_long_the_run_takes(train, capsys):
     assert said.count("speed ") == 1 and "12 images in" in said
 
 
-def test_the_forecast_does_not_count_the_first_step(train, monkeypatch):
-    """Which starts up libraries, or compiles: it takes a hundred seconds here, each other one two."""
+@pytest.mark.parametrize("sample_every", (1, 100))
+def test_the_forecast_does_not_count_the_first_step_or_previews(train, monkeypatch, sample_every):
+    """The first starts up libraries, or compiles: it takes a hundred seconds here, as a preview does,
+    each other step two."""
     step = ddpm.train_step
+    make = ddpm.Previewer.make
     now = [0.0]
 
     def timed_step(config, state, *others):
         now[0] += 2 if state.step else 100
         return step(config, state, *others)
 
+    def timed_make(*args):
+        now[0] += 100
+        return make(*args)
+
     rates = []
     monkeypatch.setattr(ddpm, "train_step", timed_step)
+    monkeypatch.setattr(ddpm.Previewer, "make", timed_make)
     monkeypatch.setattr(ddpm, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     monkeypatch.setattr(ddpm, "print_forecast", lambda state, rate: rates.append(rate))
-    assert train("--steps 9 --log_every 5 --save_every 1 --batch_size 4 --sample_every 100") == 0
+    assert train("--steps 9 --log_every 5 --batch_size 4 --sample_every", sample_every) == 0
     assert rates == [2.0]
 
 
@@ -965,7 +973,8 @@ def test_the_forecast_of_a_resumed_run_is_of_what_is_left(train, tmp_path, monke
     assert train("--batch_size 4 --steps 2") == 0
     assert train("--resume --log_every 3", length) == 0
     line = [text for text in said if text.startswith("speed")][-1]
-    speed, images, minutes = (float(n.replace(",", "")) for n in re.findall(r"\d[\d.,e+]*", line))
+    numbers = re.findall(r"\d[\d.,e+-]*", line)
+    speed, images, minutes = (float(n.replace(",", "")) for n in numbers)
     if length == "--steps 6":
         assert images == 16
     else:
@@ -1013,8 +1022,13 @@ def test_a_run_that_moves_to_another_device_uses_the_optimiser_made_for_that(
     states = []
     save = ddpm.TrainState.save
     monkeypatch.setattr(ddpm.TrainState, "save", lambda self: states.append(self) or save(self))
+    given = []  # by which PyTorch decides where the numbers of steps belong
+    load = torch.optim.Optimizer.load_state_dict
+    monkeypatch.setattr(torch.optim.Optimizer, "load_state_dict", lambda self, state: (
+        given.extend(group["fused"] for group in state["param_groups"]), load(self, state)))
     assert train("--steps 3 --resume") == 0
     assert [group["fused"] for group in states[-1].optimizer.param_groups] == [True]
+    assert given == [True]
 
 
 def test_processes_cannot_share_the_gpu_of_a_mac(monkeypatch):
@@ -1070,8 +1084,9 @@ def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert train("--steps 9 --sample_every 6 --holdout 0.2 --logger tensorboard") == 0
-    [file] = (tmp_path / "run" / "samples" / "tensorboard").iterdir()
-    assert f"  {file}\n" in capsys.readouterr().out.partition("Wrote:")[2]
+    folder = tmp_path / "run" / "samples" / "tensorboard"
+    [file] = folder.iterdir()
+    assert f"  {folder}\n" in capsys.readouterr().out.partition("Wrote:")[2]
     events = EventAccumulator(str(tmp_path / "run" / "samples" / "tensorboard")).Reload()
     tags, (_, rows) = events.Tags(), metrics(tmp_path / "run" / "samples")
     quarters = {f"loss/quarter_{q}" for q in (1, 2, 3, 4)}
@@ -1083,6 +1098,8 @@ def test_tensorboard_gets_the_numbers_and_the_grids(train, tmp_path, capsys):
     shown = Image.open(io.BytesIO(events.Images("generated")[-1].encoded_image_string))
     grid = next(tmp_path.rglob("generated_epoch*.png"))
     assert shown.size == Image.open(grid).size
+    assert train("--steps 12 --resume --logger none") == 0
+    assert str(folder) not in capsys.readouterr().out, "it is of the part before"
 
 
 def test_wandb_gets_the_numbers_and_the_grids(train, tmp_path, monkeypatch):
