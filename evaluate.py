@@ -544,9 +544,14 @@ def describe(setup, measured):
     if len(measured.strata) < setup.diffusion.T:
         coverage = (f"t = 0 and {len(measured.strata) - 1} ranges of timesteps, an image at a "
                     "random one of each")
-    asked = f"classes {config.classes or 'all'}"
-    if setup.model.vocabulary:
+    asked = "without classes"
+    given = ""
+    if setup.model.class_names:
+        asked = f"classes {config.classes or 'all'}"
+        given = "labels given, no guidance; "
+    elif setup.model.vocabulary:
         asked = "captions as asked for" if config.prompt or config.prompts else "training captions"
+        given = "captions given, no guidance; "
     features = None
     if setup.features:
         features = f"{setup.features_name}; KID +- is the standard deviation over its subsets"
@@ -559,8 +564,7 @@ def describe(setup, measured):
                 f"{config.spacing} spacing, x0 clipped, guidance {config.guidance:g}, "
                 f"seed {config.seed}, {asked}",
         bound=f"{setup.num_values:,} values per image; {coverage}; variance fixed-small, at t = 0 "
-              "that of t = 1; x0 clipped; labels given, no guidance; +- is the standard error "
-              "over images",
+              f"that of t = 1; x0 clipped; {given}+- is the standard error over images",
         features=features,
         device=f"{ddpm.describe_device(setup.runtime.device)}, {setup.runtime.precision}")
 

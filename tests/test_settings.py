@@ -649,6 +649,15 @@ def test_an_evaluation_says_which_timesteps_and_images_it_is_of(model_path, imag
         assert said in text and (unknown in text) == (said == unknown)
 
 
+def test_an_evaluation_without_classes_speaks_of_none(model_path, image_folder, tmp_path):
+    setup = setup_for_evaluation(model_path, image_folder, tmp_path)
+    measured = types.SimpleNamespace(strata=range(3), num_samples=4)
+    for names, said in ((setup.model.class_names, "classes all"), ([], "without classes")):
+        setup.model.class_names = names
+        texts = evaluate.describe(setup, measured)
+        assert said in texts["samples"] and ("labels given" in texts["bound"]) == bool(names)
+
+
 def test_evaluation_takes_all_that_sampling_depends_on():
     given = {name for names in evaluate.FLAGS.values() for name in names}
     for_one_sampling = {"individual", "gif", "init_image", "strength", "mask", "interpolate"}
