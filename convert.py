@@ -360,8 +360,6 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
     is_empty = folder.is_dir() and not any(folder.iterdir())
     require(is_empty or not folder.exists(),
             f"{folder} is there already, and not an empty folder: give another.")
-    checkpoint = ddpm.read_checkpoint(model_path)
-    ema = ddpm.sampling_config(checkpoint, model_path, dict(ema=ema)).ema  # if it has both
     model, diffusion, config = ddpm.load_model(model_path, ema=ema)
     check_expressible(config, diffusion, model_path)
     require(not model.vocabulary, f"{model_path} was trained on captions, which diffusers cannot "
@@ -381,7 +379,7 @@ def to_diffusers(model_path, folder, classes=None, ema=True):
         "scheduler/scheduler_config.json": to_json(scheduler_config(config)),
         f"unet/{FILES[0]}": import_safetensors().save(weights, {"format": "pt"})}
     write_folder(folder, files)
-    print(f"model     {model_path}, {'EMA' if ema else 'plain'} weights")
+    print(f"model     {model_path}, {model.weights_kind} weights")
     if model.class_names:
         choices = f"none; --classes takes one of {', '.join(model.class_names)}"
         print(f"class     {classes or choices}")

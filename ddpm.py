@@ -347,7 +347,8 @@ def check_value(name, value, field):
     high = field.metadata["high"]
     for v in values:
         require(type(v) in allowed and "\0" not in str(v), wrong_type)  # no file name may have \0
-        require(v != "" or name == "prompt", f"--{name} is empty: leave it out.")
+        require(v != "" or name == "prompt",
+                f"--{name} is empty: give a file, a folder or a name, or leave it out.")
         if low is not None and v is not None:
             require(low <= v <= high, f"--{name} {v} is out of range: give {low} to {high}.")
 
@@ -1795,11 +1796,7 @@ def sampling_config(checkpoint, path, given, changes=None):
         raise UserError(f"--{name} is for --mode train: leave it out, or give "
                         f"--{similar[name]}.")
     given = defaults | given | dict(model_path=str(path))
-    config = merged_config(checkpoint, path, given, changes or changeable("sample"))
-    if "ema" not in checkpoint and not config.ema:
-        print(f"note: {path} has the EMA weights alone, which are sampled")
-        config = override(config, ema=True)
-    return config
+    return merged_config(checkpoint, path, given, changes or changeable("sample"))
 
 def load_weights(model, state_dict, path):
     """Load weights strictly, whatever wrapper they were saved from."""
@@ -1812,12 +1809,16 @@ def load_weights(model, state_dict, path):
         raise UserError(f"{path} does not fit its own network: {detail} Use another.") from None
 
 def model_from_checkpoint(checkpoint, path, ema=True):
-    """The network in a checkpoint, in eval mode on the CPU; with the EMA weights if ema and any."""
+    """The network in a checkpoint, in eval mode on the CPU. ema: prefer the EMA weights, the only
+    ones in a model made small. model.weights_kind: "EMA" or "plain"."""
     config = override(stored_config(checkpoint, path), pretrained=False)
     model = build_model(config, checkpoint["channels"], checkpoint["classes"],
                         checkpoint["vocabulary"], checkpoint["examples"])
     weights = checkpoint["ema"] if ema and "ema" in checkpoint else checkpoint["weights"]
     load_weights(model, weights, path)
+    model.weights_kind = "EMA" if ema or "ema" not in checkpoint else "plain"
+    if not ema and "ema" not in checkpoint:
+        print(f"note: {path} has the EMA weights alone, which are sampled")
     model.white = checkpoint["white"]
     return model.eval().requires_grad_(False)
 
@@ -2969,7 +2970,7 @@ def sample_run(config, checkpoint, max_kept=math.inf):
     digest = model_digest(config.model_path)
     ts = reverse_timesteps(config)
     num_steps = len(ts) - 1
-    print(f"model     {config.model_path} ({digest}), {'EMA' if config.ema else 'plain'} weights, "
+    print(f"model     {config.model_path} ({digest}), {model.weights_kind} weights, "
           f"trained on {printable(config.data_path)}\n"
           f"sampling  {config.num_samples} images, {config.sampler}, {num_steps} steps, seed "
           f"{config.seed}, guidance {config.guidance:g}, on {describe_device(runtime.device)} in "
@@ -3070,7 +3071,7 @@ def load_edit(config, model):
 def png_text(config, num_steps, model, digest):
     """What a PNG sampled by `model` says about itself, {key: value}."""
     text = dict(seed=config.seed, sampler=config.sampler, steps=num_steps, spacing=config.spacing,
-                guidance=config.guidance, model=digest, weights="EMA" if config.ema else "plain",
+                guidance=config.guidance, model=digest, weights=model.weights_kind,
                 version=__version__, torch=torch.__version__)
     if config.sampler == "ddim":
         text["eta"] = config.eta

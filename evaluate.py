@@ -539,7 +539,6 @@ def describe(setup, measured):
     config = setup.config
     images = setup.images
     digest = ddpm.model_digest(setup.path)
-    weights = "EMA" if config.ema else "plain"
     coverage = "every timestep"
     if len(measured.strata) < setup.diffusion.T:
         coverage = (f"t = 0 and {len(measured.strata) - 1} ranges of timesteps, an image at a "
@@ -556,7 +555,7 @@ def describe(setup, measured):
     if setup.features:
         features = f"{setup.features_name}; KID +- is the standard deviation over its subsets"
     return dict(
-        model=f"{Path(setup.path).resolve()} ({digest}), {weights} weights",
+        model=f"{Path(setup.path).resolve()} ({digest}), {setup.model.weights_kind} weights",
         images=f"{config.data_path}, {ddpm.size_text(config.image_size)}: "
                f"{len(images.train):,} for training, {len(images.validation):,} for validation "
                f"({images.fingerprint})",
@@ -657,7 +656,8 @@ def report(setup, measured):
         print_entry("note", note)
     result |= dict(
         sets=measured.sets, copying=measured.copies, notes=notes, num_samples=measured.num_samples,
-        ema=config.ema, config=dataclasses.asdict(config), torch=torch.__version__,
+        ema=setup.model.weights_kind == "EMA", config=dataclasses.asdict(config),
+        torch=torch.__version__,
         torchvision=torchvision.__version__, python=platform.python_version())
     written = json.dumps(result, indent=1).encode()
     files = [ddpm.atomic_write(folder / "evaluation.json", lambda f: f.write(written))]

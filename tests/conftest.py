@@ -356,3 +356,16 @@ def metrics(folder):
     """The lines of a run's metrics.jsonl: the first, then those of training."""
     head, *rows = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
     return head, [row for row in rows if "loss" in row]
+
+
+def sampled_labels(monkeypatch):
+    """The labels of all images sampled from now on, in a list."""
+    seen = []
+    real = ddpm.generate
+
+    def generate(model, diffusion, config, numbers, labels, *args):
+        seen.extend(labels)
+        return real(model, diffusion, config, numbers, labels, *args)
+
+    monkeypatch.setattr(ddpm, "generate", generate)
+    return seen

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_project, sample_tiny_pt
+from conftest import ROOT, make_project, sample_tiny_pt, sampled_labels
 from PIL import Image
 
 import ddpm
@@ -393,17 +393,10 @@ def test_looking_inside_works_with_an_image_and_without(page, real_plots):
 
 
 def test_looking_inside_shows_the_class_chosen(page, monkeypatch):
-    labels = []
-    generate = ddpm.generate
-
-    def noting_generate(model, diffusion, config, indices, given, *more):
-        labels.append(given)
-        return generate(model, diffusion, config, indices, given, *more)
-
-    monkeypatch.setattr(ddpm, "generate", noting_generate)
+    labels = sampled_labels(monkeypatch)
     at = page("Look inside")
     labelled(at.selectbox, "Its class").set_value("square").run()
-    assert not at.exception and labels == [[0], [1]]
+    assert not at.exception and labels == [0, 1]
 
 
 # ---- watch a run

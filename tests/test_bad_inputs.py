@@ -174,7 +174,7 @@ CLASHES = [
         "--model_path folder is a folder",
         "give a file in it, as in folder/model.pt",
     ),
-    ("--model_path=", "--model_path", "leave it out"),
+    ("--model_path=", "--model_path", "give a file"),
     ("--model_path notes.txt/model.pt", "notes.txt", "choose another --model_path"),
     ("--samples_dir notes.txt", "notes.txt", "choose another --model_path, --samples_dir"),
     ("--samples_dir notes.txt/s", "notes.txt", "choose another --model_path, --samples_dir"),

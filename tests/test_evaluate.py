@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, places, slow, tree, words
+from conftest import ROOT, TINY, places, sampled_labels, slow, tree, words
 from PIL import Image
 
 import ddpm
@@ -626,19 +626,6 @@ def test_settings_come_from_the_checkpoint_unless_given(run, half_trained, tmp_p
     assert changed == {"sampler", "sampling_steps", "guidance", "classes", "ema", "samples_dir"}
     assert after["sets"]["training"]["bits"] != before["sets"]["training"]["bits"]  # other weights
     assert not any("fid" in numbers for numbers in after["sets"].values())  # not asked for
-
-
-def sampled_labels(monkeypatch):
-    """The labels that evaluate.py samples from now on, in a list."""
-    seen = []
-    real = ddpm.generate
-
-    def generate(model, diffusion, config, numbers, labels, *args):
-        seen.extend(labels)
-        return real(model, diffusion, config, numbers, labels, *args)
-
-    monkeypatch.setattr(ddpm, "generate", generate)
-    return seen
 
 
 @pytest.mark.parametrize("n", [8, 16, 24])

@@ -534,7 +534,9 @@ def test_no_ema_of_a_model_that_has_the_ema_weights_alone(model_path, tmp_path, 
     assert Image.open(tmp_path / "out" / "generated_sample.png").text["ddpm:weights"] == "EMA"
     convert.to_diffusers(tmp_path / "shrunk.pt", tmp_path / "theirs", ema=False)
     assert "EMA weights\n" in capsys.readouterr().out
-    assert evaluate.load(dict(model_path=str(tmp_path / "shrunk.pt"), ema=False), None).config.ema
+    setup = evaluate.load(dict(model_path=str(tmp_path / "shrunk.pt"), ema=False), None)
+    measured = types.SimpleNamespace(strata=range(3), num_samples=4)
+    assert "EMA weights" in evaluate.describe(setup, measured)["model"]
 
 
 @pytest.mark.parametrize(
@@ -549,7 +551,8 @@ def test_an_empty_path_is_not_passed_over(model_path, image_folder, tmp_path, ca
     else:
         given = words("--mode sample --device cpu --init_image x.png --model_path", model_path)
         assert ddpm.main([*given, f"--{name}="]) == 1
-    assert f"error: --{name} is empty: leave it out." in capsys.readouterr().err
+    said = f"error: --{name} is empty: give a file, a folder or a name, or leave it out."
+    assert said in capsys.readouterr().err
 
 
 def test_an_empty_setting_of_an_earlier_version_is_the_default(model_path, tmp_path):

@@ -961,7 +961,8 @@ def test_the_forecast_does_not_count_the_first_step_or_previews(train, monkeypat
     monkeypatch.setattr(ddpm.Previewer, "make", timed_make)
     monkeypatch.setattr(ddpm, "time", types.SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     monkeypatch.setattr(ddpm, "print_forecast", lambda state, rate: rates.append(rate))
-    assert train("--steps 9 --log_every 5 --batch_size 4 --sample_every", sample_every) == 0
+    flags = "--steps 9 --log_every 5 --save_every 1 --batch_size 4 --sample_every"
+    assert train(flags, sample_every) == 0
     assert rates == [2.0]
 
 
